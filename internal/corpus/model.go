@@ -270,5 +270,8 @@ type Embedding struct {
 	Err error
 }
 
+// Truncated reports whether the input was cut.
+func (e *Embedding) Truncated() bool { return e.Tokens < e.OriginalTokens }
+
 // TokenSpan is one token's place in a text: byte offsets, Start <= End. Special tokens have none.
 type TokenSpan struct{ Start, End int }
