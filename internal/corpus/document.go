@@ -168,3 +168,13 @@ type CollectionView struct {
 	Pending   int64
 	Failed    int64
 }
+
+// IngestRequest asks for documents of one collection to be recorded and indexed. Each
+// document succeeds or fails on its own; no two may carry the same id.
+type IngestRequest struct {
+	// Collection by name; it is created on first use.
+	Collection string
+	Documents  []DocumentInput
+	// Wait until each document's version, or a later one, serves.
+	Wait bool
+}
