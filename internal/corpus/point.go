@@ -49,6 +49,9 @@ type PointState struct {
 	HasOwner bool
 	// Vectors, only if they were asked for.
 	Vectors *Vectors
+	// Partial is set when some replicas of a replicated index hold the point and others do
+	// not: it is neither proved present nor proved absent.
+	Partial bool
 }
 
 // MetadataWrite asks for one document's metadata to be set on its points, guarded so that
