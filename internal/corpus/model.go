@@ -85,6 +85,9 @@ type Vectors struct {
 	Dense   []float32
 	Sparse  *Sparse
 	ColBERT [][]float32
+	// DenseNorm is the dense vector's length before it was normalised, so that a caller who
+	// asks for raw values can have them; 0 when not known. It is neither stored nor hashed.
+	DenseNorm float32
 }
 
 // Heads returns the heads that are present.
