@@ -1,0 +1,165 @@
+package onnx
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"sync"
+
+	ort "github.com/yalue/onnxruntime_go"
+
+	"github.com/lockstep-db/lockstep/embedder/model"
+	"github.com/lockstep-db/lockstep/internal/corpus"
+)
+
+// Config says which model to run and where.
+type Config struct {
+	// Library is the path of the ONNX Runtime shared library. One process can use one.
+	Library string
+	// ModelDir is a folder that embedder/model built.
+	ModelDir string
+	// CUDA runs on a GPU, the one numbered DeviceID; without it the model runs on the CPU.
+	CUDA     bool
+	DeviceID int
+	// Threads compute one batch on the CPU; 0 takes one for each core.
+	Threads int
+	// DeviceMemory bounds what activations may take of the GPU's memory, in bytes; 0 is no bound.
+	DeviceMemory int64
+}
+
+// Engine is one model, loaded: a tokenizer and a graph. It is safe for concurrent use; runs
+// that overlap share the device.
+type Engine struct {
+	*Tokenizer
+	manifest *model.Manifest
+	spec     corpus.ModelSpec
+	session  *session
+	form     string
+	// gated is true for graphs that are told which heads to compute.
+	gated bool
+	// close frees session, tokenizer and library once, in this order.
+	close func() error
+}
+
+// Open loads the model. The caller closes the engine. It blocks for as long as reading the
+// weights takes. A device that was asked for and is absent is corpus.Invalid with code
+// device_unavailable.
+func Open(cfg Config) (*Engine, error) {
+	manifest, err := model.Open(cfg.ModelDir)
+	if err != nil {
+		return nil, err
+	}
+	class, device := model.DeviceCPU, "cpu"
+	sc := sessionConfig{threads: cfg.Threads}
+	if cfg.CUDA {
+		class, device = model.DeviceCUDA, "cuda:"+strconv.Itoa(cfg.DeviceID)
+		sc.cuda, sc.cudaOptions = true, cudaOptions(cfg.DeviceID, cfg.DeviceMemory)
+	}
+	graph, ok := pickGraph(manifest, class)
+	if !ok {
+		return nil, corpus.Errorf(corpus.Invalid, "model_device", "the model in %s was built in %s, which has no graph for %s: build it again for that device",
+			cfg.ModelDir, manifest.Precision, class)
+	}
+
+	e := &Engine{manifest: manifest, spec: manifest.Spec(device), form: graph.Form, gated: slices.Contains(graph.Inputs, model.InputHeads)}
+	var closers []func() error
+	e.close = sync.OnceValue(func() error {
+		var err error
+		for i := len(closers) - 1; i >= 0; i-- {
+			err = errors.Join(err, closers[i]())
+		}
+		return err
+	})
+	for _, open := range []func() (func() error, error){
+		func() (func() error, error) { return closeLibrary, openLibrary(cfg.Library) },
+		func() (func() error, error) {
+			t, err := OpenTokenizer(manifest.Path(model.TokenizerFile))
+			e.Tokenizer = t
+			return t.Close, err
+		},
+		func() (func() error, error) {
+			s, err := openSession(manifest.Path(graph.File), sc)
+			e.session = s
+			return s.close, err
+		},
+	} {
+		closer, err := open()
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("opening model %s: %w", cfg.ModelDir, err), e.close())
+		}
+		closers = append(closers, closer)
+	}
+	if e.Tokenizer.VocabSize() > manifest.VocabSize {
+		return nil, errors.Join(corpus.Errorf(corpus.Invalid, "model_damaged", "the tokenizer in %s knows %d tokens and the model %d: they do not belong together",
+			cfg.ModelDir, e.Tokenizer.VocabSize(), manifest.VocabSize), e.close())
+	}
+	return e, nil
+}
+
+// pickGraph returns the first graph of the device class in a form that Run can feed.
+func pickGraph(m *model.Manifest, class string) (model.Graph, bool) {
+	for _, g := range m.Graphs {
+		if g.Device == class && (g.Form == model.Padded || g.Form == model.Packed) {
+			return g, true
+		}
+	}
+	return model.Graph{}, false
+}
+
+// Close waits for calls in flight and frees everything. It may be called again.
+func (e *Engine) Close() error { return e.close() }
+
+// Spec says what the model is and where it runs.
+func (e *Engine) Spec() corpus.ModelSpec { return e.spec }
+
+// Padded reports whether a batch costs its longest row times its rows, rather than its tokens.
+func (e *Engine) Padded() bool { return e.form != model.Packed }
+
+// Run embeds rows of token ids, special tokens included, and returns the heads asked for, one
+// result a row. The results are the caller's; those of one call share memory. It blocks until
+// the device is done. A row that the model cannot take is corpus.Invalid; a batch that does not
+// fit the device's memory has the code [CodeOutOfMemory].
+func (e *Engine) Run(rows [][]uint32, heads corpus.Heads) ([]corpus.Vectors, error) {
+	if len(rows) == 0 {
+		return nil, nil
+	}
+	if heads == 0 || !e.spec.Heads.Has(heads) {
+		return nil, corpus.Errorf(corpus.Invalid, "output_unsupported", "the model %s has the outputs %s, not %s", e.spec.Name, e.spec.Heads, heads)
+	}
+	b := batch{rows: rows, heads: heads}
+	for i, row := range rows {
+		if err := e.checkRow(i, row); err != nil {
+			return nil, err
+		}
+		b.longest = max(b.longest, len(row))
+		b.tokens += len(row)
+	}
+	var inputs []input
+	var out outputs
+	if e.form == model.Packed {
+		inputs, out = e.packed(b)
+	} else {
+		inputs, out = e.padded(b)
+	}
+	if e.gated {
+		inputs = append(inputs, input{name: model.InputHeads, shape: ort.NewShape(1), data: []int32{int32(heads)}})
+	}
+	if err := e.session.run(inputs, out.bound()); err != nil {
+		return nil, err
+	}
+	return e.results(b, out), nil
+}
+
+// checkRow refuses what would fail, or read beside the weights, inside the graph.
+func (e *Engine) checkRow(i int, row []uint32) error {
+	if len(row) == 0 || len(row) > e.spec.MaxTokens {
+		return corpus.Errorf(corpus.Invalid, "input_length", "row %d has %d tokens; the model takes 1 to %d", i, len(row), e.spec.MaxTokens)
+	}
+	for at, id := range row {
+		if int64(id) >= int64(e.spec.VocabSize) {
+			return corpus.Errorf(corpus.Invalid, "token_out_of_range", "token %d of row %d is %d; the model's ids are 0 to %d", at, i, id, e.spec.VocabSize-1)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,20 @@
+package onnx
+
+import (
+	"os"
+	"testing"
+
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// need returns an environment variable that "make test" sets.
+func need(tb testing.TB, name string) string {
+	tb.Helper()
+	v := os.Getenv(name)
+	if v == "" {
+		tb.Fatalf("%s is not set: run the tests through make, or as \"bin/setup exec go test ...\"", name)
+	}
+	return v
+}

@@ -1,0 +1,193 @@
+package onnx
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+
+	ort "github.com/yalue/onnxruntime_go"
+
+	"github.com/lockstep-db/lockstep/internal/corpus"
+)
+
+// CodeOutOfMemory is the code of the error that says a batch did not fit the device's memory.
+const CodeOutOfMemory = "device_out_of_memory"
+
+// session runs one ONNX graph. Runs may overlap.
+type session struct {
+	// mu is held for reading during runs, for writing while closing.
+	mu sync.RWMutex
+	s  *ort.DynamicAdvancedSession
+}
+
+// sessionConfig says where a graph runs.
+type sessionConfig struct {
+	// threads computes one operator on the CPU; 0 leaves it to ONNX Runtime (all cores).
+	threads int
+	// cuda puts the graph on a GPU, with the provider's options.
+	cuda        bool
+	cudaOptions map[string]string
+}
+
+var errSessionClosed = corpus.Errorf(corpus.Unavailable, "embedder_closed", "the model is closed: the service is stopping")
+
+// openSession loads a graph, or fails if the device is not there. The library must be open.
+func openSession(path string, cfg sessionConfig) (s *session, err error) {
+	opts, err := ort.NewSessionOptions()
+	if err != nil {
+		return nil, fmt.Errorf("loading graph: %w", err)
+	}
+	defer func() { err = errors.Join(err, opts.Destroy()) }()
+	// Patterns of memory are planned and kept for each shape; shapes here never repeat.
+	set := []error{
+		opts.SetMemPattern(false),
+		opts.AddSessionConfigEntry("session.use_env_allocators", "1"),
+	}
+	if cfg.threads > 0 {
+		set = append(set, opts.SetIntraOpNumThreads(cfg.threads))
+	}
+	if cfg.cuda {
+		set = append(set, appendCUDA(opts, cfg.cudaOptions))
+	}
+	if err := errors.Join(set...); err != nil {
+		return nil, fmt.Errorf("loading graph: %w", err)
+	}
+	c, err := ort.NewDynamicAdvancedSession(path, nil, nil, opts)
+	if err != nil {
+		if cfg.cuda {
+			return nil, deviceError(err)
+		}
+		return nil, corpus.Wrap(corpus.Invalid, "model_unusable", "ONNX Runtime cannot load "+path+": build the model again", err)
+	}
+	return &session{s: c}, nil
+}
+
+func appendCUDA(opts *ort.SessionOptions, settings map[string]string) (err error) {
+	cuda, err := ort.NewCUDAProviderOptions()
+	if err != nil {
+		return deviceError(err)
+	}
+	defer func() { err = errors.Join(err, cuda.Destroy()) }()
+	if err := cuda.Update(settings); err != nil {
+		return fmt.Errorf("setting CUDA options: %w", err)
+	}
+	if err := opts.AppendExecutionProviderCUDA(cuda); err != nil {
+		return deviceError(err)
+	}
+	return nil
+}
+
+func deviceError(err error) error {
+	return corpus.Wrap(corpus.Invalid, "device_unavailable",
+		"CUDA was asked for and cannot be used: it takes an NVIDIA GPU with its driver, the CUDA libraries, and ONNXRUNTIME_LIB naming the library of an onnxruntime-gpu build; or choose --device cpu", err)
+}
+
+// close waits for runs in flight and frees the graph. It may be called again.
+func (s *session) close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.s == nil {
+		return nil
+	}
+	c := s.s
+	s.s = nil
+	return c.Destroy()
+}
+
+// input and output are named tensors over Go's memory, row by row.
+type input struct {
+	name  string
+	shape ort.Shape
+	data  []int32
+}
+
+type output struct {
+	name  string
+	shape ort.Shape
+	data  []float32
+}
+
+// run computes the outputs, and only those, into their memory. It returns after C has.
+func (s *session) run(inputs []input, outputs []output) (err error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if s.s == nil {
+		return errSessionClosed
+	}
+	// C sees Go's memory until the binding and the tensors are gone, and the deferred calls
+	// run in reverse: the memory is let go last.
+	var pin runtime.Pinner
+	defer pin.Unpin()
+	binding, err := s.s.CreateIoBinding()
+	if err != nil {
+		return fmt.Errorf("binding tensors: %w", err)
+	}
+	var tensors []ort.Value
+	defer func() {
+		err = errors.Join(err, binding.Destroy())
+		for _, t := range tensors {
+			err = errors.Join(err, t.Destroy())
+		}
+	}()
+	for _, in := range inputs {
+		t, err := newTensor(&pin, in.shape, in.data)
+		if err != nil {
+			return fmt.Errorf("input %s: %w", in.name, err)
+		}
+		tensors = append(tensors, t)
+		if err := binding.BindInput(in.name, t); err != nil {
+			return fmt.Errorf("input %s: %w", in.name, err)
+		}
+	}
+	for _, out := range outputs {
+		t, err := newTensor(&pin, out.shape, out.data)
+		if err != nil {
+			return fmt.Errorf("output %s: %w", out.name, err)
+		}
+		tensors = append(tensors, t)
+		if err := binding.BindOutput(out.name, t); err != nil {
+			return fmt.Errorf("output %s: %w", out.name, err)
+		}
+	}
+	if err := s.s.RunWithBinding(binding); err != nil {
+		return runError(err)
+	}
+	return nil
+}
+
+func newTensor[T int32 | float32](pin *runtime.Pinner, shape ort.Shape, data []T) (*ort.Tensor[T], error) {
+	if want := shape.FlattenedSize(); int64(len(data)) != want {
+		return nil, fmt.Errorf("shape %s takes %d values, not %d", shape, want, len(data))
+	}
+	if len(data) > 0 {
+		pin.Pin(&data[0])
+	}
+	return ort.NewTensor(shape, data)
+}
+
+// runError recognises a device that has too little memory for the batch. ONNX Runtime has no
+// code for it; these are its allocators' texts in 1.27 to 1.31 and CUDA's own.
+func runError(err error) error {
+	text := strings.ToLower(err.Error())
+	for _, sign := range []string{"failed to allocate memory", "out of memory", "bad_alloc", "available memory of"} {
+		if strings.Contains(text, sign) {
+			return corpus.Wrap(corpus.Unavailable, CodeOutOfMemory, "the device has too little memory for this batch", err)
+		}
+	}
+	return corpus.Wrap(corpus.Internal, "embedding_failed", "the model failed on this batch", err)
+}
+
+// cudaOptions are the provider's options for one GPU. limit bounds its arena in bytes, 0 is none.
+func cudaOptions(device int, limit int64) map[string]string {
+	o := map[string]string{
+		"device_id":             strconv.Itoa(device),
+		"arena_extend_strategy": "kSameAsRequested",
+	}
+	if limit > 0 {
+		o["gpu_mem_limit"] = strconv.FormatInt(limit, 10)
+	}
+	return o
+}
