@@ -66,7 +66,10 @@ type MetadataWrite struct {
 // are in an unknown state.
 type PartialError struct {
 	Done []ID
-	Err  error
+	// Refused points were not sent, for they can never be stored as they are; each with its
+	// reason, of kind [Invalid].
+	Refused map[ID]error
+	Err     error
 }
 
 // Error describes the cause.
