@@ -1,13 +1,25 @@
 package onnx
 
 import (
+	"fmt"
 	"os"
+	"path/filepath"
 	"testing"
 
 	"go.uber.org/goleak"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
+		if miniLM.dir != "" {
+			if err := os.RemoveAll(filepath.Dir(miniLM.dir)); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				code = 1
+			}
+		}
+		os.Exit(code)
+	}))
+}
 
 // need returns an environment variable that "make test" sets.
 func need(tb testing.TB, name string) string {
