@@ -27,15 +27,21 @@ CREATE TABLE gen_gaps (
 
 CREATE TABLE collections (
     id          uuid PRIMARY KEY,
-    name        text COLLATE "C" NOT NULL UNIQUE,
+    name        text COLLATE "C" NOT NULL,
     settings    jsonb NOT NULL,
     -- Set while evidence of a rollback stands: no delete runs until it is adopted or discarded.
     stopped_at  timestamptz,
     stop_reason text,
     -- Incarnations of documents of this collection start at least here (raised by an adopted rollback).
     floor_base  integer NOT NULL DEFAULT 0,
-    created_at  timestamptz NOT NULL DEFAULT now()
+    -- Ranges of gen_gaps up to here were adopted for this collection: evidence of a rollback no more.
+    adopted_gen bigint NOT NULL DEFAULT 0,
+    created_at  timestamptz NOT NULL DEFAULT now(),
+    -- Set in the transaction that acknowledges the deletion; its rows are cleared afterwards.
+    deleted_at  timestamptz
 );
+-- A deleted collection's name is free at once, for a collection with another id.
+CREATE UNIQUE INDEX collections_name ON collections (name) WHERE deleted_at IS NULL;
 
 CREATE TABLE indexes (
     id            uuid PRIMARY KEY,
@@ -44,6 +50,9 @@ CREATE TABLE indexes (
     fingerprint   text NOT NULL,
     layout        jsonb NOT NULL,
     state         text NOT NULL CHECK (state IN ('building', 'serving', 'retired')),
+    -- When the Qdrant collection was first known to exist. Until then nothing was ever written to
+    -- it, so creating it cannot hide a loss; afterwards nobody creates it again.
+    ready_at      timestamptz,
     -- The stamp last written into the index: it tells a clone or an old copy on either side.
     nonce         uuid,
     previous_nonce uuid,
@@ -54,9 +63,13 @@ CREATE TABLE indexes (
 CREATE UNIQUE INDEX indexes_one_serving  ON indexes (collection_id) WHERE state = 'serving';
 CREATE UNIQUE INDEX indexes_one_building ON indexes (collection_id) WHERE state = 'building';
 
+-- No foreign keys from here on: the protocol keeps these rows together under the document's row
+-- lock, and a key check for each row of a bulk insert would lock the same few parents again and again.
 CREATE TABLE documents (
+    -- Derived from collection and external id (corpus.DocumentID), so that any set of documents
+    -- can be locked in one order.
     id                uuid PRIMARY KEY,
-    collection_id     uuid   NOT NULL REFERENCES collections (id),
+    collection_id     uuid   NOT NULL,
     external_id       text COLLATE "C" NOT NULL,
     target_version    bigint NOT NULL,
     -- NULL: nothing serves (new, or deleted).
@@ -74,7 +87,7 @@ CREATE INDEX documents_unswitched ON documents (collection_id, id)
 -- Rows for the serving and the target version only; everything a result shows comes from the
 -- serving version's row.
 CREATE TABLE document_versions (
-    document_id  uuid   NOT NULL REFERENCES documents (id) ON DELETE CASCADE,
+    document_id  uuid   NOT NULL,
     version      bigint NOT NULL,
     content_hash bytea  NOT NULL,
     metadata     jsonb  NOT NULL,
@@ -108,14 +121,14 @@ CREATE INDEX chunks_document ON chunks (document_id);
 
 -- Vectors that callers brought: whatever Lockstep cannot compute again, Postgres keeps.
 CREATE TABLE chunk_vectors (
-    chunk_id uuid PRIMARY KEY REFERENCES chunks (id) ON DELETE CASCADE,
+    chunk_id uuid PRIMARY KEY,
     vectors  bytea NOT NULL
 );
 ALTER TABLE chunk_vectors ALTER COLUMN vectors SET STORAGE EXTERNAL;
 
 -- (index, chunk) -> state. An unsettled row is the queue; there is no other.
 CREATE TABLE index_entries (
-    index_id        uuid   NOT NULL REFERENCES indexes (id) ON DELETE CASCADE,
+    index_id        uuid   NOT NULL,
     chunk_id        uuid   NOT NULL,
     document_id     uuid,
     state           text   NOT NULL CHECK (state IN ('pending', 'indexed', 'failed', 'dead')),
@@ -140,8 +153,9 @@ CREATE INDEX index_entries_dying ON index_entries (index_id, not_before)
     WHERE state = 'dead' AND absent_at IS NULL;
 CREATE INDEX index_entries_tombs ON index_entries (index_id, absent_at)
     WHERE state = 'dead' AND absent_at IS NOT NULL;
-CREATE INDEX index_entries_failed ON index_entries (index_id, chunk_id) WHERE state = 'failed';
-CREATE INDEX index_entries_document ON index_entries (document_id);
+-- Usually empty, so that asking for a document's failures costs nothing. A document's other
+-- entries are found through its chunks.
+CREATE INDEX index_entries_failed ON index_entries (document_id, index_id) WHERE state = 'failed';
 
 -- Kept for ever, also after a document and its tombstones are gone: no incarnation is ever
 -- used twice. Keyed by the hash of the external id, so that a deleted document's name is not kept.

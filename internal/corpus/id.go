@@ -104,8 +104,12 @@ func PointID(collection ID, key ChunkKey) ID {
 	name = binary.BigEndian.AppendUint32(name, key.Occurrence)
 	name = binary.BigEndian.AppendUint32(name, key.Incarnation)
 
+	return uuid5(collection, name)
+}
+
+func uuid5(namespace ID, name []byte) ID {
 	h := sha1.New() //nolint:gosec // see the import
-	h.Write(collection[:])
+	h.Write(namespace[:])
 	h.Write(name)
 	var sum [sha1.Size]byte
 	h.Sum(sum[:0])
@@ -134,3 +138,9 @@ func Bucket(salt, id ID) uint32 {
 
 // MaxExternalID is the longest external id of a document, in bytes.
 const MaxExternalID = 512
+
+// DocumentID derives the ledger's id of a document: UUIDv5(namespace = collection id, name =
+// "document" followed by the bytes of its external id). No name of [PointID] begins that way.
+func DocumentID(collection ID, externalID string) ID {
+	return uuid5(collection, append([]byte("document"), externalID...))
+}
