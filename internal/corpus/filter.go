@@ -32,6 +32,12 @@ func ParseMetadata(raw []byte) (Metadata, *FieldError) {
 	if len(raw) > MaxMetadataBytes {
 		return nil, &FieldError{Code: "too_large", Detail: fmt.Sprintf("metadata has %d bytes; at most %d are allowed", len(raw), MaxMetadataBytes)}
 	}
+	return DecodeMetadata(raw)
+}
+
+// DecodeMetadata is [ParseMetadata] without the limit of size: for what was accepted before
+// and is read back, because a store may print a value longer than it came in.
+func DecodeMetadata(raw []byte) (Metadata, *FieldError) {
 	dec := json.NewDecoder(bytes.NewReader(raw))
 	dec.UseNumber()
 	var v any

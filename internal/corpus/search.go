@@ -88,7 +88,9 @@ type SearchResult struct {
 
 // SearchResponse is the answer to one query.
 type SearchResponse struct {
-	Mode    SearchMode
+	Mode SearchMode
+	// Fusion that was used, with its defaults filled in; zero in modes of one head.
+	Fusion  Fusion
 	Results []SearchResult
 	// Filtered counts candidates the join removed; Widened, how often the query was widened;
 	// Truncated is set when the answer may be short for want of time or candidates' cap.
