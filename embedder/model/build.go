@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -155,7 +156,11 @@ func write(ctx context.Context, dir string, ck *checkpoint, d *description, m *M
 	m.Layers, m.HiddenSize = d.cfg.NumHiddenLayers, d.cfg.HiddenSize
 	m.AttentionHeads, m.IntermediateSize = d.cfg.NumAttentionHeads, d.cfg.IntermediateSize
 	m.VocabSize, m.Parameters = d.cfg.VocabSize, ck.params
-	m.Heads, m.Dim = corpus.Dense.Names(), d.cfg.HiddenSize
+	heads := corpus.Dense
+	if d.m3 {
+		heads |= corpus.SparseHead | corpus.ColBERT
+	}
+	m.Heads, m.Dim, m.ColBERTDim = heads.Names(), d.cfg.HiddenSize, d.colbertDim
 	m.MaxTokens, m.MaxTokensFrom = d.maxTokens, d.maxTokensFrom
 	m.PositionOffset, m.Pooling, m.Special = d.posOffset, d.pooling, d.special
 	m.Fingerprint = fingerprint(m)
@@ -205,34 +210,29 @@ func sourceDigest(ctx context.Context, files *source, progress func(Progress)) (
 	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
-// openCheckpoint opens the weight files: one, or the set that an index names.
-func openCheckpoint(files *source, d *description) (*checkpoint, error) {
-	ck := &checkpoint{tensors: map[string]*tensor{}, digests: map[string]string{}}
-	names := []string{"model.safetensors"}
-	var index struct {
-		WeightMap map[string]string `json:"weight_map"`
-	}
-	sharded, err := files.json("model.safetensors.index.json", &index)
+// weightFormats are the weight files of a checkpoint, the preferred first.
+var weightFormats = []struct {
+	single string
+	read   tensorReader
+}{
+	{"model.safetensors", readSafetensors},
+	{"pytorch_model.bin", readTorch},
+}
+
+// openCheckpoint opens the weight files: one, or the set that an index names, and the heads.
+func openCheckpoint(files *source, d *description) (ck *checkpoint, err error) {
+	ck = &checkpoint{tensors: map[string]*tensor{}, digests: map[string]string{}}
+	defer func() {
+		if err != nil {
+			ck.Close()
+		}
+	}()
+	names, read, err := weightFiles(files)
 	if err != nil {
 		return nil, err
 	}
-	if _, err := os.Stat(filepath.Join(files.dir, names[0])); err != nil && sharded {
-		shards := map[string]bool{}
-		for _, f := range index.WeightMap {
-			if !localName(f) {
-				return nil, damaged("model.safetensors.index.json", fmt.Sprintf("names a file outside the checkpoint: %q", f), nil)
-			}
-			shards[f] = true
-		}
-		names = names[:0]
-		for f := range shards {
-			names = append(names, f)
-		}
-		slices.Sort(names)
-	}
 	for _, name := range names {
-		if err := ck.open(files, name, readSafetensors); err != nil {
-			ck.Close()
+		if err := ck.open(files, name, "", read); err != nil {
 			return nil, err
 		}
 	}
@@ -241,7 +241,46 @@ func openCheckpoint(files *source, d *description) (*checkpoint, error) {
 			ck.prefix = p
 		}
 	}
+	if d.m3 {
+		for _, h := range []string{sparseFile, colbertFile} {
+			if err := ck.open(files, h, headPrefix+h+".", readTorch); err != nil {
+				return nil, err
+			}
+		}
+		if err := d.readColBERTWidth(ck); err != nil {
+			return nil, err
+		}
+	}
 	return ck, nil
+}
+
+// weightFiles finds the encoder's weight files and how to read them.
+func weightFiles(files *source) ([]string, tensorReader, error) {
+	for _, format := range weightFormats {
+		if _, err := os.Stat(filepath.Join(files.dir, format.single)); err == nil {
+			return []string{format.single}, format.read, nil
+		}
+		var index struct {
+			WeightMap map[string]string `json:"weight_map"`
+		}
+		name := format.single + ".index.json"
+		found, err := files.json(name, &index)
+		if err != nil {
+			return nil, nil, err
+		}
+		if !found {
+			continue
+		}
+		shards := map[string]bool{}
+		for _, f := range index.WeightMap {
+			if !localName(f) {
+				return nil, nil, damaged(name, fmt.Sprintf("names a file outside the checkpoint: %q", f), nil)
+			}
+			shards[f] = true
+		}
+		return slices.Sorted(maps.Keys(shards)), format.read, nil
+	}
+	return nil, nil, damaged("the checkpoint", "has no weights: neither model.safetensors nor pytorch_model.bin, whole or in parts", nil)
 }
 
 // swap puts the finished directory in place of dst.

@@ -115,6 +115,7 @@ type description struct {
 	special       SpecialTokens
 	tokenizer     []byte
 	m3            bool // has BGE-M3's sparse and ColBERT heads
+	colbertDim    int
 }
 
 // describe reads a checkpoint's configuration.
@@ -205,6 +206,11 @@ func (d *description) readArchitecture(*source) error {
 const (
 	sparseFile  = "sparse_linear.pt"
 	colbertFile = "colbert_linear.pt"
+
+	sparseWeight  = headPrefix + sparseFile + ".weight"
+	sparseBias    = headPrefix + sparseFile + ".bias"
+	colbertWeight = headPrefix + colbertFile + ".weight"
+	colbertBias   = headPrefix + colbertFile + ".bias"
 )
 
 // readHeads decides whether this is a BGE-M3. Half of its heads is a damaged download.
@@ -219,6 +225,20 @@ func (d *description) readHeads(src *source) error {
 		return damaged("the checkpoint", fmt.Sprintf("has %s but not the other head; BGE-M3 has both %s and %s: download it again", there[0], sparseFile, colbertFile), nil)
 	}
 	d.m3 = len(there) == 2
+	return nil
+}
+
+// readColBERTWidth takes the width of ColBERT vectors from the head itself, as the reference
+// does: it need not be the hidden size.
+func (d *description) readColBERTWidth(ck *checkpoint) error {
+	t := ck.tensors[colbertWeight]
+	if t == nil {
+		return missingTensor("weight in " + colbertFile)
+	}
+	if len(t.shape) != 2 || t.shape[0] < 1 || t.shape[0] > 1<<14 || t.shape[1] != d.cfg.HiddenSize {
+		return damaged(colbertFile, fmt.Sprintf("has a weight of shape %v for a hidden size of %d", t.shape, d.cfg.HiddenSize), nil)
+	}
+	d.colbertDim = t.shape[0]
 	return nil
 }
 

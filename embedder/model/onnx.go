@@ -175,7 +175,11 @@ func (g *onnxGraph) output(name string, elem int, dims ...any) {
 	g.outputs = append(g.outputs, valueInfo(name, elem, dims))
 }
 
+// valueInfo declares a value; elem 0 leaves its type to be inferred, as a branch's output may.
 func valueInfo(name string, elem int, dims []any) []byte {
+	if elem == 0 {
+		return appendString(nil, 1, name)
+	}
 	var shape []byte
 	for _, d := range dims {
 		var dim []byte

@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"io/fs"
 	"math"
@@ -42,6 +43,8 @@ type tensor struct {
 	src   io.ReaderAt
 	off   int64
 	file  string // for messages
+	// crc, when not nil, is the CRC-32 of the tensor's bytes.
+	crc *uint32
 }
 
 // elements is the number of numbers. Readers have checked that it does not overflow.
@@ -79,6 +82,7 @@ func (t *tensor) each(ctx context.Context, fn func(piece []float32) error) error
 	total := t.elements()
 	raw := make([]byte, min(total, chunkElements)*int(size))
 	piece := make([]float32, min(total, chunkElements))
+	var crc uint32
 	for done := 0; done < total; {
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
@@ -88,6 +92,7 @@ func (t *tensor) each(ctx context.Context, fn func(piece []float32) error) error
 		if _, err := t.src.ReadAt(b, t.off+int64(done)*size); err != nil {
 			return damaged(t.file, fmt.Sprintf("ends inside %s", t.name), err)
 		}
+		crc = crc32.Update(crc, crc32.IEEETable, b)
 		decodeFloats(piece[:n], b, t.dtype)
 		for _, v := range piece[:n] {
 			if math.Float32bits(v)&0x7f800000 == 0x7f800000 {
@@ -98,6 +103,9 @@ func (t *tensor) each(ctx context.Context, fn func(piece []float32) error) error
 			return err
 		}
 		done += n
+	}
+	if t.crc != nil && *t.crc != crc {
+		return damaged(t.file, fmt.Sprintf("has the data of %s damaged (its checksum differs); download it again", t.name), nil)
 	}
 	return nil
 }
@@ -177,8 +185,11 @@ func (c *checkpoint) Close() error {
 	return first
 }
 
-// open lists one weight file's tensors with read and keeps the file open.
-func (c *checkpoint) open(files *source, name string, read func(file string, r io.ReaderAt, size int64) ([]*tensor, error)) error {
+// tensorReader lists the tensors of one weight file.
+type tensorReader func(file string, r io.ReaderAt, size int64) ([]*tensor, error)
+
+// open lists one weight file's tensors and keeps the file open. Their names get the prefix.
+func (c *checkpoint) open(files *source, name, prefix string, read tensorReader) error {
 	f, err := os.Open(filepath.Join(files.dir, name))
 	if errors.Is(err, fs.ErrNotExist) {
 		return damaged("the checkpoint", fmt.Sprintf("has no %s", name), err)
@@ -196,6 +207,9 @@ func (c *checkpoint) open(files *source, name string, read func(file string, r i
 		return err
 	}
 	files.use(name)
+	for _, t := range list {
+		t.name = prefix + t.name
+	}
 	return c.add(list)
 }
 
@@ -211,6 +225,9 @@ func (c *checkpoint) bytes(p Precision) int64 {
 	return 4 * n
 }
 
+// headPrefix marks the tensors of BGE-M3's further heads, whose files name them all alike.
+const headPrefix = "head."
+
 // add joins the tensors of one more file, refusing a name that is already there.
 func (c *checkpoint) add(list []*tensor) error {
 	for _, t := range list {
@@ -225,12 +242,16 @@ func (c *checkpoint) add(list []*tensor) error {
 // get finds an encoder tensor of the given shape. Names are without the prefix; older
 // checkpoints say gamma and beta for a layer norm's weight and bias.
 func (c *checkpoint) get(name string, shape ...int) (*tensor, error) {
-	t := c.tensors[c.prefix+name]
+	full := c.prefix + name
+	if strings.HasPrefix(name, headPrefix) {
+		full = name
+	}
+	t := c.tensors[full]
 	if t == nil && strings.Contains(name, "LayerNorm.") {
 		t = c.tensors[c.prefix+strings.NewReplacer("LayerNorm.weight", "LayerNorm.gamma", "LayerNorm.bias", "LayerNorm.beta").Replace(name)]
 	}
 	if t == nil {
-		return nil, missingTensor(c.prefix + name)
+		return nil, missingTensor(full)
 	}
 	if !slices.Equal(t.shape, shape) {
 		return nil, damaged(t.file, fmt.Sprintf("has %s with shape %v where config.json means %v", t.name, t.shape, shape), nil)

@@ -14,8 +14,7 @@ func writeWeights(ctx context.Context, w *weightsWriter, ck *checkpoint, d *desc
 	e.positions(d)
 	e.norm("embed", "embeddings.LayerNorm", h)
 	for i := range d.cfg.NumHiddenLayers {
-		in := fmt.Sprintf("encoder.layer.%d.", i)
-		out := fmt.Sprintf("layer%d.", i)
+		in, out := fmt.Sprintf("encoder.layer.%d.", i), layerName(i)
 		e.attention(out, in, h)
 		e.norm(out+"attention", in+"attention.output.LayerNorm", h)
 		e.matrix(out+"up", in+"intermediate.dense.weight", inter, h)
@@ -23,6 +22,12 @@ func writeWeights(ctx context.Context, w *weightsWriter, ck *checkpoint, d *desc
 		e.matrix(out+"down", in+"output.dense.weight", h, inter)
 		e.copy(out+"down.bias", in+"output.dense.bias", h)
 		e.norm(out+"output", in+"output.LayerNorm", h)
+	}
+	if d.m3 {
+		e.matrix("heads.sparse", sparseWeight, 1, h)
+		e.copy("heads.sparse.bias", sparseBias, 1)
+		e.matrix("heads.colbert", colbertWeight, d.colbertDim, h)
+		e.copy("heads.colbert.bias", colbertBias, d.colbertDim)
 	}
 	return e.err
 }
