@@ -129,6 +129,11 @@ func (s *setup) prepare(ctx context.Context) error {
 		}
 		steps = append(steps, st)
 	}
+	return s.perform(ctx, steps)
+}
+
+// perform does the steps that are not done, one set-up at a time in each cache.
+func (s *setup) perform(ctx context.Context, steps []step) error {
 	if missing, err := pending(steps); err != nil || len(missing) == 0 {
 		return err
 	}

@@ -32,6 +32,7 @@ func miniLMDir(tb testing.TB) string {
 	checkpoint := need(tb, "LOCKSTEP_MINILM")
 	miniLM.once.Do(func() {
 		var tmp string
+		//nolint:usetesting // it outlives the first test; TestMain removes it
 		if tmp, miniLM.err = os.MkdirTemp("", "lockstep-minilm-"); miniLM.err != nil {
 			return
 		}
