@@ -137,6 +137,8 @@ CREATE TABLE index_entries (
     -- The meta_version the point should hold, and the one it is known to hold.
     want_meta       bigint NOT NULL,
     meta_version    bigint NOT NULL DEFAULT 0,
+    -- How often it was ever claimed; never reset. Until the first claim nothing was sent.
+    claims          integer NOT NULL DEFAULT 0,
     lease_token     uuid,
     lease_until     timestamptz,
     attempts        integer NOT NULL DEFAULT 0,

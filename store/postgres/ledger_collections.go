@@ -234,15 +234,41 @@ const clearBatch = 5000
 // ForgetIndex removes what the ledger holds of a retired index whose Qdrant collection was
 // dropped, in small transactions. It may be called again after an interruption.
 func (s *Store) ForgetIndex(ctx context.Context, index corpus.ID) error {
-	for {
-		tag, err := s.pool.Exec(ctx, `DELETE FROM index_entries WHERE ctid = ANY (ARRAY(
-			SELECT e.ctid FROM index_entries e JOIN indexes i ON i.id = e.index_id
-			WHERE e.index_id = $1 AND i.state = 'retired' LIMIT $2))`, index, clearBatch)
+	for done := false; !done; {
+		err := s.inTx(ctx, "clearing a retired index", func(tx pgx.Tx) error {
+			rows, err := tx.Query(ctx, `SELECT e.chunk_id, c.document_id, i.collection_id FROM index_entries e
+				JOIN indexes i ON i.id = e.index_id AND i.state = 'retired'
+				LEFT JOIN chunks c ON c.id = e.chunk_id AND c.document_id IS NOT NULL AND e.state = 'dead'
+				WHERE e.index_id = $1 LIMIT $2`, index, clearBatch)
+			if err != nil {
+				return err
+			}
+			var chunk, collection [16]byte
+			var doc *[16]byte
+			var chunks, dead, docs []corpus.ID
+			if _, err := pgx.ForEachRow(rows, []any{&chunk, &doc, &collection}, func() error {
+				chunks = append(chunks, chunk)
+				if doc != nil {
+					dead, docs = append(dead, chunk), append(docs, *doc)
+				}
+				return nil
+			}); err != nil {
+				return err
+			}
+			if done = len(chunks) < clearBatch; len(chunks) == 0 {
+				return nil
+			}
+			if err := lockDocuments(ctx, tx, docs); err != nil {
+				return err
+			}
+			if _, err := tx.Exec(ctx, "DELETE FROM index_entries WHERE index_id = $1 AND chunk_id = ANY ($2::uuid[])", index, uuids(chunks)); err != nil {
+				return err
+			}
+			// The Qdrant collection is gone and its name is never used again: the dead are absent.
+			return purgeChunks(ctx, tx, collection, dead)
+		})
 		if err != nil {
-			return wrap("clearing a retired index", err)
-		}
-		if tag.RowsAffected() < clearBatch {
-			break
+			return err
 		}
 	}
 	_, err := s.pool.Exec(ctx, "DELETE FROM indexes WHERE id = $1 AND state = 'retired'", index)

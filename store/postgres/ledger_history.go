@@ -103,20 +103,22 @@ func (s *Store) moveHistory(ctx context.Context, why string, force bool) error {
 // raiseSequence makes sure that the next gen is above floor, which a point was seen to hold.
 // It must run inside inGenTx.
 func raiseSequence(ctx context.Context, tx pgx.Tx, floor int64) error {
+	const next = "SELECT last_value + is_called::int FROM gen"
+	var n int64
+	// It only ever grows, so a look without a lock suffices in the usual case.
+	if err := tx.QueryRow(ctx, next).Scan(&n); err != nil || n > floor {
+		return err
+	}
 	if _, err := tx.Exec(ctx, "SELECT 1 FROM installation FOR UPDATE"); err != nil {
 		return err
 	}
 	if _, err := tx.Exec(ctx, "ALTER SEQUENCE gen CACHE 1"); err != nil {
 		return err
 	}
-	var next int64
-	if err := tx.QueryRow(ctx, "SELECT last_value + is_called::int FROM gen").Scan(&next); err != nil {
+	if err := tx.QueryRow(ctx, next).Scan(&n); err != nil || n > floor {
 		return err
 	}
-	if next > floor {
-		return nil
-	}
-	if _, err := tx.Exec(ctx, "INSERT INTO gen_gaps (lo, hi, reason) VALUES ($1, $2, 'a point held a higher meta_version')", next, floor); err != nil {
+	if _, err := tx.Exec(ctx, "INSERT INTO gen_gaps (lo, hi, reason) VALUES ($1, $2, 'a point held a higher meta_version')", n, floor); err != nil {
 		return err
 	}
 	_, err := tx.Exec(ctx, fmt.Sprintf("ALTER SEQUENCE gen RESTART WITH %d", floor+1))
