@@ -1,9 +1,7 @@
 package httpapi
 
 import (
-	"encoding/hex"
 	"net/http"
-	"strings"
 
 	"github.com/labstack/echo/v4"
 
@@ -104,7 +102,7 @@ func (s *Server) reconcileRequest(in *reconcileJSON) (corpus.ReconcileRequest, e
 		bad = append(bad, corpus.FieldError{Pointer: "/delete_foreign", Code: "not_applicable", Detail: "deleting needs repair"})
 	}
 	if in.DeleteForeign != "" && in.DeleteForeign != "none" {
-		if _, ok := parseID(in.DeleteForeign); !ok {
+		if _, ok := corpus.ParseID(in.DeleteForeign); !ok {
 			bad = append(bad, corpus.FieldError{Pointer: "/delete_foreign", Code: "invalid_id", Detail: "name the foreign installation's UUID, or none for points without an owner"})
 		}
 	}
@@ -168,19 +166,11 @@ func (s *Server) listRuns(c echo.Context) error {
 
 // runID reads the id of the path. What is no UUID names no run.
 func runID(c echo.Context) (corpus.ID, error) {
-	id, ok := parseID(c.Param("run_id"))
+	id, ok := corpus.ParseID(c.Param("run_id"))
 	if !ok {
 		return id, refuse(http.StatusNotFound, "run_not_found", "there is no such run; a run's id is a UUID")
 	}
 	return id, nil
-}
-
-func parseID(s string) (id corpus.ID, ok bool) {
-	if len(s) != 36 || s[8] != '-' || s[13] != '-' || s[18] != '-' || s[23] != '-' {
-		return id, false
-	}
-	n, err := hex.Decode(id[:], []byte(strings.ReplaceAll(s, "-", "")))
-	return id, err == nil && n == len(id)
 }
 
 func (s *Server) getRun(c echo.Context) error {

@@ -30,6 +30,33 @@ func (id ID) String() string {
 // MarshalText renders the id as its canonical string, so that JSON shows a UUID.
 func (id ID) MarshalText() ([]byte, error) { return []byte(id.String()), nil }
 
+// ParseID reads the canonical form with hyphens, in either letter case.
+func ParseID(s string) (ID, bool) {
+	var id ID
+	if len(s) != 36 || s[8] != '-' || s[13] != '-' || s[18] != '-' || s[23] != '-' {
+		return ID{}, false
+	}
+	at := 0
+	for _, part := range [...]string{s[0:8], s[9:13], s[14:18], s[19:23], s[24:36]} {
+		n, err := hex.Decode(id[at:], []byte(part))
+		if err != nil {
+			return ID{}, false
+		}
+		at += n
+	}
+	return id, true
+}
+
+// UnmarshalText is the inverse of [ID.MarshalText].
+func (id *ID) UnmarshalText(text []byte) error {
+	parsed, ok := ParseID(string(text))
+	if !ok {
+		return Errorf(Invalid, "invalid_id", "%q is not a UUID", text)
+	}
+	*id = parsed
+	return nil
+}
+
 // IsZero reports whether no id was set.
 func (id ID) IsZero() bool { return id == ID{} }
 
