@@ -25,17 +25,19 @@ type verdict struct {
 }
 
 // suspicion is the judgement of a scan at the depths quick and full, which read ids alone:
-// whether the two sides disagree about the id's presence. ok is false if they agree.
-func suspicion(row *corpus.LedgerRow, inIndex bool) (kind corpus.FindingKind, ok bool) {
+// whether the two sides disagree about the id's presence. A point that only some replicas hold
+// is neither present where it should be nor absent where it should not. ok is false if the
+// sides agree.
+func suspicion(row *corpus.LedgerRow, pt *corpus.PointState) (kind corpus.FindingKind, ok bool) {
 	switch {
 	case row == nil:
-		return corpus.Orphan, inIndex
+		return corpus.Orphan, pt != nil
 	case row.State == corpus.EntryIndexed:
-		return corpus.Missing, !inIndex
+		return corpus.Missing, pt == nil || pt.Partial
 	case row.State == corpus.EntryNone && !row.Died:
 		return corpus.Missing, true
 	case row.State == corpus.EntryNone, row.State == corpus.EntryDead:
-		return corpus.Orphan, inIndex
+		return corpus.Orphan, pt != nil
 	default: // pending and failed entries promise nothing about the point
 		return "", false
 	}
@@ -121,6 +123,9 @@ func (j judge) present(row *corpus.LedgerRow, pt *corpus.PointState) []verdict {
 	}
 	if row.State != corpus.EntryIndexed {
 		return out
+	}
+	if pt.Partial {
+		return append(out, verdict{corpus.Missing, "only some replicas of the index hold the point", corpus.RepairRewrite})
 	}
 	if j.payload {
 		if pt.HasOwner && pt.Payload.Owner == j.owner && !unreadable(pt, corpus.KeyGen) && j.facts.Evidence(pt.Payload.Gen) {

@@ -150,7 +150,7 @@ func merge(ctx context.Context, ledger *stream[corpus.LedgerRow], index *stream[
 			}
 			if st.row != nil && st.row.State == corpus.EntryIndexed {
 				t.expected++
-				if st.pt != nil && !every {
+				if st.pt != nil && !every && !st.pt.Partial {
 					continue // the healthy case, and the only hot one
 				}
 			}

@@ -218,6 +218,9 @@ type RunRecord struct {
 	CancelRequested bool
 	Error           string
 	Targets         []RunTarget
+	// Leader moves the run from stage to stage; Led is false once its lease ran out.
+	Leader ID
+	Led    bool
 }
 
 // RunTarget is one collection of a run.

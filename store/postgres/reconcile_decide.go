@@ -2,6 +2,7 @@ package postgres
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"time"
 
@@ -14,6 +15,9 @@ import (
 // To judge points, read them first and the facts afterwards.
 func (s *Store) RollbackFacts(ctx context.Context, collection corpus.ID) (corpus.RollbackFacts, error) {
 	f, err := rollbackFacts(ctx, s.pool, collection)
+	if errors.Is(err, pgx.ErrNoRows) {
+		err = corpus.Errorf(corpus.NotFound, codeCollectionNotFound, "the collection does not exist any more")
+	}
 	return f, wrap("reading the history of the gen sequence", err)
 }
 
@@ -211,7 +215,7 @@ func (b *decided) write(ctx context.Context, tx pgx.Tx, run corpus.ID, ix corpus
 	return tx.SendBatch(ctx, &batch).Close()
 }
 
-// CodeBraked marks the refusal of [Store.EnterTombstones] to go on.
+// codeBraked marks the refusal of [Store.EnterTombstones] to go on.
 const codeBraked = "reconcile_braked"
 
 // EnterTombstones declares ids dead in the index, so that their points may be deleted: ids the

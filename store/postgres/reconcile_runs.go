@@ -93,14 +93,18 @@ func (s *Store) ResumableRun(ctx context.Context, collection string) (corpus.Run
 
 func (s *Store) runs(ctx context.Context, where string, args ...any) ([]corpus.RunRecord, error) {
 	rows, err := s.pool.Query(ctx, `SELECT id, origin, state, stage, depth, repair, sweep, force, max_deletes, delete_foreign, lo, hi, seeds_only,
-		started_at, finished_at, cancel_requested, error FROM reconcile_runs r `+where, args...)
+		started_at, finished_at, cancel_requested, error, leader_token, coalesce(leader_until > now(), false) FROM reconcile_runs r `+where, args...)
 	if err != nil {
 		return nil, err
 	}
 	out, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (corpus.RunRecord, error) {
 		var r corpus.RunRecord
+		var leader *corpus.ID
 		err := row.Scan(&r.Spec.ID, &r.Spec.Origin, &r.State, &r.Stage, &r.Spec.Depth, &r.Spec.Repair, &r.Spec.Sweep, &r.Spec.Force, &r.Spec.MaxDeletes,
-			&r.Spec.DeleteForeign, &r.Spec.Lo, &r.Spec.Hi, &r.Spec.SeedsOnly, &r.StartedAt, &r.FinishedAt, &r.CancelRequested, &r.Error)
+			&r.Spec.DeleteForeign, &r.Spec.Lo, &r.Spec.Hi, &r.Spec.SeedsOnly, &r.StartedAt, &r.FinishedAt, &r.CancelRequested, &r.Error, &leader, &r.Led)
+		if leader != nil {
+			r.Leader = *leader
+		}
 		return r, err
 	})
 	if err != nil {
@@ -186,24 +190,19 @@ func (s *Store) CancelRun(ctx context.Context, id corpus.ID) error {
 // TargetIndexes returns the serving and the building index of a collection, serving first,
 // and for each whether its Qdrant collection was ever known to exist.
 func (s *Store) TargetIndexes(ctx context.Context, collection corpus.ID) (ixs []corpus.Index, ready []bool, err error) {
-	rows, err := s.pool.Query(ctx, `SELECT id, collection_id, qdrant_name, fingerprint, state, layout, ready_at IS NOT NULL FROM indexes
-		WHERE collection_id = $1 AND state IN ('serving', 'building') ORDER BY state DESC`, collection)
+	rows, err := s.pool.Query(ctx, "SELECT "+indexColumns+`, i.ready_at IS NOT NULL FROM indexes i
+		WHERE i.collection_id = $1 AND i.state IN ('serving', 'building') ORDER BY i.state DESC`, collection)
 	if err != nil {
 		return nil, nil, wrap("reading a collection's indexes", err)
 	}
-	var (
-		ix     corpus.Index
-		layout []byte
-		ok     bool
-	)
-	_, err = pgx.ForEachRow(rows, []any{&ix.ID, &ix.Collection, &ix.QdrantName, &ix.Fingerprint, &ix.State, &layout, &ok}, func() error {
-		ix.Layout = corpus.Layout{}
-		ix.Salt = ix.ID
-		if err := json.Unmarshal(layout, &ix.Layout); err != nil {
-			return err
+	ixs, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (corpus.Index, error) {
+		var r indexRow
+		var ok bool
+		if err := row.Scan(append(r.dest(), &ok)...); err != nil {
+			return corpus.Index{}, err
 		}
-		ixs, ready = append(ixs, ix), append(ready, ok)
-		return nil
+		ready = append(ready, ok)
+		return r.index()
 	})
 	return ixs, ready, wrap("reading a collection's indexes", err)
 }
@@ -414,6 +413,20 @@ func (s *Store) SetFindings(ctx context.Context, run, index corpus.ID, findings 
 		FROM unnest($3::uuid[], $4::text[], $6::text[]) AS p (id, kind, more)
 		WHERE f.run_id = $1 AND f.index_id = $2 AND f.point_id = p.id AND f.kind = p.kind`, run, index, ids, kinds, state, details)
 	return wrap("recording what became of findings", err)
+}
+
+// Rebuilding lists the lost indexes that the run had built again and that are not accounted
+// for yet; of each only ID and Collection are set.
+func (s *Store) Rebuilding(ctx context.Context, run corpus.ID) ([]corpus.Index, error) {
+	rows, err := s.pool.Query(ctx, `SELECT index_id, collection_id FROM reconcile_findings WHERE run_id = $1 AND kind = 'lost_index' AND state = 'repairing'`, run)
+	if err != nil {
+		return nil, wrap("reading rebuilt indexes", err)
+	}
+	out, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (corpus.Index, error) {
+		var ix corpus.Index
+		return ix, row.Scan(&ix.ID, &ix.Collection)
+	})
+	return out, wrap("reading rebuilt indexes", err)
 }
 
 // CountFindings returns the run's findings in one collection, by kind: all, and the repaired.

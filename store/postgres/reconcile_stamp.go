@@ -64,6 +64,35 @@ func (s *Store) StampFits(ctx context.Context, ix corpus.Index, st corpus.Stamp)
 	}
 }
 
+// StampedIndexes lists the serving and building indexes of live collections whose Qdrant
+// collection exists and whose stamp is older than every.
+func (s *Store) StampedIndexes(ctx context.Context, every time.Duration) ([]corpus.Index, error) {
+	rows, err := s.pool.Query(ctx, "SELECT "+indexColumns+` FROM indexes i JOIN collections c ON c.id = i.collection_id AND c.deleted_at IS NULL
+		WHERE i.state <> 'retired' AND i.ready_at IS NOT NULL
+		  AND (i.stamped_at IS NULL OR i.stamped_at < now() - make_interval(secs => $1))`, every.Seconds())
+	if err != nil {
+		return nil, wrap("listing stamps", err)
+	}
+	out, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (corpus.Index, error) {
+		var r indexRow
+		if err := row.Scan(r.dest()...); err != nil {
+			return corpus.Index{}, err
+		}
+		return r.index()
+	})
+	return out, wrap("listing stamps", err)
+}
+
+// CollectionName returns a live collection's name; NotFound when it was deleted.
+func (s *Store) CollectionName(ctx context.Context, id corpus.ID) (string, error) {
+	var name string
+	err := s.pool.QueryRow(ctx, "SELECT name FROM collections WHERE id = $1 AND deleted_at IS NULL", id).Scan(&name)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return "", corpus.Errorf(corpus.NotFound, codeCollectionNotFound, "the collection does not exist any more")
+	}
+	return name, wrap("reading a collection's name", err)
+}
+
 // DueScrubs returns the live collections whose quick check or next slice is due and claims
 // them in the same statement, so that one instance does each. slices is how many there are.
 func (s *Store) DueScrubs(ctx context.Context, quickEvery, sliceEvery time.Duration, slices int) (quick []string, slice map[string]int, err error) {

@@ -1,0 +1,468 @@
+package reconcile
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/lockstep-db/lockstep/internal/corpus"
+)
+
+// Walker reads the ledger's side of the join. Every call is one read of its own.
+type Walker interface {
+	// WalkChunks appends up to limit rows with from <= id <= to, ascending, to dst.
+	WalkChunks(ctx context.Context, ix corpus.Index, from, to corpus.ID, limit int, depth corpus.Depth, dst []corpus.LedgerRow) ([]corpus.LedgerRow, error)
+	// BucketCounts returns entries per id bucket: those whose points must be there, and those
+	// whose points may be.
+	BucketCounts(ctx context.Context, ix corpus.Index) (settled, unsettled []int64, err error)
+	// WalkBucket is WalkChunks for one bucket, dead entries left out.
+	WalkBucket(ctx context.Context, ix corpus.Index, bucket uint32, from corpus.ID, limit int, dst []corpus.LedgerRow) ([]corpus.LedgerRow, error)
+	// ReadRows returns what is known about those of ids that are known, in any order.
+	ReadRows(ctx context.Context, ix corpus.Index, ids []corpus.ID, overdue time.Duration) ([]corpus.LedgerRow, error)
+	// StuckEntries calls each with batches of ids that nobody works on although they need it.
+	StuckEntries(ctx context.Context, ix corpus.Index, lo, hi corpus.ID, overdue time.Duration, each func([]corpus.ID) error) error
+}
+
+// Decider changes the ledger, always under the row locks of the documents concerned.
+type Decider interface {
+	// Decide carries decisions out where the ledger has not moved; moved counts the others.
+	Decide(ctx context.Context, run corpus.ID, ix corpus.Index, decisions []corpus.Decision, overdue time.Duration, retryAt time.Time, maxLooks int) (moved int, err error)
+	// EnterTombstones declares ids dead, within the budget; a Conflict with code
+	// reconcile_braked or collection_stopped means that nothing happened.
+	EnterTombstones(ctx context.Context, ix corpus.Index, claims []corpus.OrphanClaim, budget corpus.DeleteBudget) ([]corpus.OrphanFate, error)
+	// MarkAbsent records that dead points were read absent.
+	MarkAbsent(ctx context.Context, ix corpus.Index, ids []corpus.ID) error
+	// RebuildIndex replaces a lost index by a new one under a new name, filled by the workers.
+	RebuildIndex(ctx context.Context, lost corpus.Index) (corpus.Index, error)
+}
+
+// Historian knows whether the ledger's own history is whole (promise P8).
+type Historian interface {
+	// RollbackFacts must be read after the points that they judge.
+	RollbackFacts(ctx context.Context, collection corpus.ID) (corpus.RollbackFacts, error)
+	// StopCollection forbids deletes until a documented step is taken.
+	StopCollection(ctx context.Context, collection corpus.ID, reason string) error
+	// JumpSequence moves gen past what a lost history may have handed out.
+	JumpSequence(ctx context.Context, why string) error
+	// StampFits says why a stamp contradicts the ledger, or "".
+	StampFits(ctx context.Context, ix corpus.Index, st corpus.Stamp) (string, error)
+	// IssueStamp draws an index's next nonce when the last is older than every.
+	IssueStamp(ctx context.Context, ix corpus.Index, nonce corpus.ID, every time.Duration) (st corpus.Stamp, due bool, err error)
+	// DeletesToday and LedgerEmpty are what the brake knows before the first tombstone.
+	DeletesToday(ctx context.Context, collection corpus.ID) (int64, error)
+	LedgerEmpty(ctx context.Context, collection corpus.ID) (bool, error)
+}
+
+// RunStore keeps runs, so that any instance can work on them and a killed one is resumed.
+type RunStore interface {
+	CreateRun(ctx context.Context, spec corpus.RunSpec, startedAt time.Time, leader corpus.ID, lease time.Duration) (corpus.RunRecord, error)
+	GetRun(ctx context.Context, id corpus.ID) (corpus.RunRecord, error)
+	ActiveRuns(ctx context.Context) ([]corpus.RunRecord, error)
+	ResumableRun(ctx context.Context, collection string) (corpus.RunRecord, error)
+	LeadRun(ctx context.Context, id, leader corpus.ID, lease time.Duration, revive bool) (bool, error)
+	AdvanceRun(ctx context.Context, id, leader corpus.ID, stage corpus.RunStage) (bool, error)
+	CancelRun(ctx context.Context, id corpus.ID) error
+	FinishRun(ctx context.Context, id, leader corpus.ID, state corpus.RunState, message string, at time.Time) (bool, error)
+	ForgetRuns(ctx context.Context) error
+
+	TargetIndexes(ctx context.Context, collection corpus.ID) (ixs []corpus.Index, ready []bool, err error)
+	KnownQdrantNames(ctx context.Context, names []string) ([]string, error)
+	PrepareTarget(ctx context.Context, run corpus.ID, t corpus.RunTarget, ranges []corpus.RunRange) error
+	StopTarget(ctx context.Context, run, collection corpus.ID, reason string) error
+	BrakeTarget(ctx context.Context, run, collection corpus.ID, reason string) error
+
+	ClaimRange(ctx context.Context, run corpus.ID, stage corpus.RunStage, token corpus.ID, lease time.Duration) (r corpus.RunRange, ok bool, left int, err error)
+	RenewRange(ctx context.Context, r corpus.RunRange, lease time.Duration) error
+	FinishStage(ctx context.Context, r corpus.RunRange) error
+	ReleaseRange(ctx context.Context, r corpus.RunRange) error
+	Checkpoint(ctx context.Context, r corpus.RunRange, p corpus.ScanProgress, lease time.Duration) error
+}
+
+// FindingStore keeps what runs suspect and find.
+type FindingStore interface {
+	AddSuspects(ctx context.Context, run, index corpus.ID, suspects []corpus.Suspect) error
+	SeedSuspects(ctx context.Context, run corpus.ID, ix corpus.Index, seenAt time.Time) error
+	Suspects(ctx context.Context, r corpus.RunRange, from corpus.ID, limit int) ([]corpus.Suspect, error)
+	AddFindings(ctx context.Context, run corpus.ID, ix corpus.Index, findings []corpus.Finding) error
+	PendingFindings(ctx context.Context, r corpus.RunRange, state string, kinds []corpus.FindingKind, from corpus.ID, limit int) ([]corpus.Finding, error)
+	SetFindings(ctx context.Context, run, index corpus.ID, findings []corpus.Finding, state string, details []string) error
+	CountFindings(ctx context.Context, run, collection corpus.ID) (all, repaired corpus.Counts, err error)
+	Rebuilding(ctx context.Context, run corpus.ID) ([]corpus.Index, error)
+
+	RunProgress(ctx context.Context, run corpus.ID) (compared int64, err error)
+	TargetReports(ctx context.Context, run corpus.ID, sample int) ([]corpus.CollectionReport, error)
+	LatestReports(ctx context.Context, collection string, sample int) ([]corpus.CollectionReport, error)
+	History(ctx context.Context, collection string, limit int) ([]corpus.CollectionReport, error)
+}
+
+// Operator takes the documented steps after a rollback and looks single ids up.
+type Operator interface {
+	// AdoptRollback makes this ledger the truth although it lost history; DiscardRollback gives
+	// the index up and builds it again from this ledger.
+	AdoptRollback(ctx context.Context, collection string) error
+	DiscardRollback(ctx context.Context, collection string) error
+	ExplainLedger(ctx context.Context, query, collection string) (corpus.Explanation, error)
+	// StampedIndexes lists live indexes whose stamp is older than every.
+	StampedIndexes(ctx context.Context, every time.Duration) ([]corpus.Index, error)
+	CollectionName(ctx context.Context, id corpus.ID) (string, error)
+	DueScrubs(ctx context.Context, quickEvery, sliceEvery time.Duration, slices int) (quick []string, slice map[string]int, err error)
+}
+
+// Ledger is everything reconcile asks of Postgres.
+type Ledger interface {
+	Walker
+	Decider
+	Historian
+	RunStore
+	FindingStore
+	Operator
+}
+
+// Scanner reads an index in bulk. Errors are corpus kinds; NotFound means the index is gone.
+type Scanner interface {
+	// Scroll returns points from the id from on, ascending; next is nil at the end. Depth Quick
+	// reads ids alone, Full the payload's own keys, Deep payload and vectors.
+	Scroll(ctx context.Context, ix corpus.Index, from corpus.ID, limit int, depth corpus.Depth) (page []corpus.PointState, next *corpus.ID, err error)
+	// ScrollBucket is Scroll at depth Quick over points of ours in the id buckets.
+	ScrollBucket(ctx context.Context, ix corpus.Index, buckets []uint32, from corpus.ID, limit int) (page []corpus.PointState, next *corpus.ID, err error)
+	// ScrollForeign is Scroll at depth Quick over points that are not ours.
+	ScrollForeign(ctx context.Context, ix corpus.Index, from corpus.ID, limit int) (page []corpus.PointState, next *corpus.ID, err error)
+	// FacetBuckets counts our points by id bucket, exactly; CountPoints all points.
+	FacetBuckets(ctx context.Context, ix corpus.Index) (map[uint32]int64, error)
+	CountPoints(ctx context.Context, ix corpus.Index) (int64, error)
+}
+
+// PointStore reads and deletes single points.
+type PointStore interface {
+	// ReadPoints returns those of ids that exist, in any order.
+	ReadPoints(ctx context.Context, ix corpus.Index, ids []corpus.ID, withVectors bool) ([]corpus.PointState, error)
+	// DeletePoints deletes by id; nil means that all are done.
+	DeletePoints(ctx context.Context, ix corpus.Index, ids []corpus.ID) error
+	// FindGenAbove returns points of ours whose gen is above gen or inside a gap.
+	FindGenAbove(ctx context.Context, ix corpus.Index, gen int64, gaps [][2]int64, limit int) ([]corpus.PointState, error)
+}
+
+// Inspector looks at whole indexes.
+type Inspector interface {
+	DescribeIndex(ctx context.Context, ix corpus.Index) (exists bool, drift []string, err error)
+	ListOurCollections(ctx context.Context, prefix string) ([]string, error)
+	ReadStamp(ctx context.Context, ix corpus.Index) (corpus.Stamp, bool, error)
+	WriteStamp(ctx context.Context, ix corpus.Index, st corpus.Stamp) error
+}
+
+// Index is everything reconcile asks of the vector index.
+type Index interface {
+	Scanner
+	PointStore
+	Inspector
+}
+
+// Config of a Service. The zero value of a field means its default.
+type Config struct {
+	// Owner is the installation whose points are ours.
+	Owner corpus.ID
+	// IndexPrefix begins the names of our Qdrant collections; default "lockstep_".
+	IndexPrefix string
+	// Workers read ranges at the same time on this instance; default 2.
+	Workers int
+	// RangePoints is about how many points one range holds; default 250,000 (one second of a
+	// scroll: what a killed worker loses at most).
+	RangePoints int64
+	// PointsPerSecond bounds what a requested run reads from the index; 0 means no bound.
+	PointsPerSecond int
+	// Grace is how long a suspect rests before the second look; default 2 s. It has to exceed
+	// the time that replicas of the index need to agree; the protocol itself needs none.
+	Grace time.Duration
+	// Overdue is how long queued work may lie before it counts as stuck; default 2 min.
+	Overdue time.Duration
+	// SettleTimeout ends the wait for the workers when none of a range's entries settled for
+	// that long; default 2 min.
+	SettleTimeout time.Duration
+	// Poll is how often a run looks whether the workers are done; default 200 ms.
+	Poll time.Duration
+	// Lease of ranges and of a run's lead; default 30 s. A killed instance is replaced after it.
+	Lease time.Duration
+	// MaxDeletes is the brake's share where a request names none; default 0.1.
+	MaxDeletes float64
+	// FreeDeletes is how many deletes a day are always allowed, so that one orphan among five
+	// points is not a fifth; default 20.
+	FreeDeletes int64
+	// Quarantine, when positive, is how long a point found to be an orphan stays in the index,
+	// declared dead and so invisible, before the workers delete it.
+	Quarantine time.Duration
+	// QuickBuckets is how many differing buckets a quick run descends into before it reads all
+	// ids instead; default 256, a sixteenth.
+	QuickBuckets int
+	// Scrub configures the background.
+	Scrub ScrubConfig
+	// Wake, when not nil, is called after entries were given to the workers. It must not block.
+	Wake func()
+	// Clock, when nil, is the system's.
+	Clock Clock
+}
+
+func (c *Config) defaults() {
+	def(&c.IndexPrefix, "lockstep_")
+	def(&c.Workers, 2)
+	def(&c.RangePoints, 250_000)
+	def(&c.Grace, 2*time.Second)
+	def(&c.Overdue, 2*time.Minute)
+	def(&c.SettleTimeout, 2*time.Minute)
+	def(&c.Poll, 200*time.Millisecond)
+	def(&c.Lease, 30*time.Second)
+	def(&c.MaxDeletes, 0.1)
+	def(&c.FreeDeletes, 20)
+	def(&c.QuickBuckets, 256)
+	if c.Wake == nil {
+		c.Wake = func() {}
+	}
+	if c.Clock == nil {
+		c.Clock = systemClock{}
+	}
+	c.Scrub.defaults()
+}
+
+func def[T comparable](v *T, d T) {
+	var zero T
+	if *v == zero {
+		*v = d
+	}
+}
+
+// sampleSize is how many findings a report lists.
+const sampleSize = 100
+
+// Service runs reconciles. Its methods are safe for concurrent use; Close ends it.
+type Service struct {
+	cfg     Config
+	ledger  Ledger
+	index   Index
+	clock   Clock
+	log     *slog.Logger
+	metrics *metrics
+	hints   *hintQueue
+	// leader is this instance's token as a leader of runs.
+	leader corpus.ID
+
+	ctx    context.Context // ends when Close is called; only for goroutines of the service
+	cancel context.CancelCauseFunc
+	mu     sync.Mutex // guards closed and wg.Add against Close, and leading
+	closed bool
+	// leading counts the goroutines of this instance that lead a run.
+	leading map[corpus.ID]int
+	wg      sync.WaitGroup
+}
+
+var errClosing = errors.New("reconcile: the service is closing")
+
+// New makes a Service over a ledger and an index. It starts nothing: [Service.Scrub] and the
+// runs of [Service.Start] do.
+func New(cfg Config, ledger Ledger, index Index, log *slog.Logger, reg prometheus.Registerer) *Service {
+	cfg.defaults()
+	ctx, cancel := context.WithCancelCause(context.Background())
+	return &Service{
+		cfg: cfg, ledger: ledger, index: index, clock: cfg.Clock, log: log, metrics: newMetrics(reg),
+		hints: newHintQueue(maxHints), leader: newID(), ctx: ctx, cancel: cancel,
+		leading: map[corpus.ID]int{},
+	}
+}
+
+// Close stops every run this instance works on, at its next checkpoint, and waits for them.
+// Runs that it leads keep their checkpoints: another instance, or a later resume, goes on.
+func (s *Service) Close() {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	s.cancel(errClosing)
+	s.wg.Wait()
+}
+
+// spawn runs f in a goroutine that Close waits for; false when the service is closing.
+func (s *Service) spawn(f func(ctx context.Context)) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return false
+	}
+	s.wg.Go(func() { f(s.ctx) })
+	return true
+}
+
+func (s *Service) setLeading(run corpus.ID, by int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.leading[run] += by; s.leading[run] == 0 {
+		delete(s.leading, run)
+	}
+}
+
+func (s *Service) isLeading(run corpus.ID) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.leading[run] > 0
+}
+
+// Start begins a run, or with Resume goes on with the last unfinished one, and returns its id
+// at once; the run ends even if ctx does. Errors: Invalid for a bad request, NotFound for an
+// unknown collection or nothing to resume, Conflict (reconcile_running) while another run
+// holds a collection.
+func (s *Service) Start(ctx context.Context, req corpus.ReconcileRequest) (corpus.ID, error) {
+	if req.Resume {
+		rec, err := s.ledger.ResumableRun(ctx, req.Collection)
+		if err != nil {
+			return corpus.ID{}, err
+		}
+		got, err := s.ledger.LeadRun(ctx, rec.Spec.ID, s.leader, s.cfg.Lease, true)
+		if err != nil {
+			return corpus.ID{}, err
+		}
+		if !got {
+			return corpus.ID{}, corpus.Errorf(corpus.Conflict, "reconcile_running", "run %s goes on elsewhere", rec.Spec.ID)
+		}
+		return rec.Spec.ID, s.launch(rec)
+	}
+	spec, err := s.spec(req)
+	if err != nil {
+		return corpus.ID{}, err
+	}
+	rec, err := s.ledger.CreateRun(ctx, spec, s.clock.Now(), s.leader, s.cfg.Lease)
+	if err != nil {
+		return corpus.ID{}, err
+	}
+	return spec.ID, s.launch(rec)
+}
+
+func (s *Service) launch(rec corpus.RunRecord) error {
+	pace := s.requestPace()
+	if !s.spawn(func(ctx context.Context) { s.lead(ctx, rec.Spec.ID, pace) }) {
+		return corpus.Errorf(corpus.Unavailable, "shutting_down", "the service is shutting down; the run can be resumed")
+	}
+	return nil
+}
+
+func (s *Service) requestPace() *pacer {
+	return newPacer(s.clock, s.cfg.PointsPerSecond, 1, s.metrics.throttled.Inc)
+}
+
+func (s *Service) spec(req corpus.ReconcileRequest) (corpus.RunSpec, error) {
+	spec := corpus.RunSpec{
+		ID: newID(), Depth: req.Depth, Repair: req.Repair, Force: req.Force, MaxDeletes: req.MaxDeletes, DeleteForeign: req.DeleteForeign,
+		Origin: "request", Hi: corpus.MaxID,
+	}
+	if req.Collection != "" {
+		spec.Collections = []string{req.Collection}
+	}
+	switch spec.Depth {
+	case "":
+		spec.Depth = corpus.Full
+	case corpus.Quick, corpus.Full, corpus.Deep:
+	default:
+		return spec, invalid("/depth", "depth is quick, full or deep, not %q", req.Depth)
+	}
+	if spec.MaxDeletes == 0 {
+		spec.MaxDeletes = s.cfg.MaxDeletes
+	}
+	if !(spec.MaxDeletes > 0 && spec.MaxDeletes <= 1) {
+		return spec, invalid("/max_deletes", "max_deletes is a share above 0 and at most 1, not %v", req.MaxDeletes)
+	}
+	if spec.DeleteForeign != "" && !spec.Repair {
+		return spec, invalid("/delete_foreign", "foreign points are deleted only by a repairing run")
+	}
+	return spec, nil
+}
+
+func invalid(pointer, format string, args ...any) error {
+	e := corpus.Errorf(corpus.Invalid, "validation_failed", format, args...)
+	e.Fields = []corpus.FieldError{{Pointer: pointer, Code: "invalid", Detail: e.Detail}}
+	return e
+}
+
+// Run returns a run's progress or result; NotFound (run_not_found) when it is not known.
+func (s *Service) Run(ctx context.Context, id corpus.ID) (corpus.RunReport, error) {
+	rec, err := s.ledger.GetRun(ctx, id)
+	if err != nil {
+		return corpus.RunReport{}, err
+	}
+	rep := corpus.RunReport{
+		RunID: id, State: rec.State, Depth: rec.Spec.Depth, Repair: rec.Spec.Repair,
+		StartedAt: rec.StartedAt, FinishedAt: rec.FinishedAt, Error: rec.Error,
+	}
+	for _, t := range rec.Targets {
+		rep.Expected += t.IndexPoints
+	}
+	if rep.Compared, err = s.ledger.RunProgress(ctx, id); err != nil {
+		return corpus.RunReport{}, err
+	}
+	rep.Expected = max(rep.Expected, rep.Compared)
+	rep.Collections, err = s.ledger.TargetReports(ctx, id, sampleSize)
+	return rep, err
+}
+
+// Wait blocks until the run has ended, calling progress (which may be nil) at every poll, and
+// returns its report. When ctx ends first, the run goes on and the cause is returned.
+func (s *Service) Wait(ctx context.Context, id corpus.ID, progress func(corpus.RunReport)) (corpus.RunReport, error) {
+	for {
+		rep, err := s.Run(ctx, id)
+		if err != nil {
+			return rep, err
+		}
+		if rep.State != corpus.RunRunning {
+			return rep, nil
+		}
+		if progress != nil {
+			progress(rep)
+		}
+		if err := s.clock.Sleep(ctx, s.cfg.Poll); err != nil {
+			return rep, err
+		}
+	}
+}
+
+// Cancel asks a run to end. It ends within a page's time; what it repaired stays repaired.
+func (s *Service) Cancel(ctx context.Context, id corpus.ID) error { return s.ledger.CancelRun(ctx, id) }
+
+// Latest returns the latest verdict of the named collection, or of all.
+func (s *Service) Latest(ctx context.Context, collection string) ([]corpus.CollectionReport, error) {
+	return s.ledger.LatestReports(ctx, collection, sampleSize)
+}
+
+// History returns up to limit past results of a collection, newest first.
+func (s *Service) History(ctx context.Context, collection string, limit int) ([]corpus.CollectionReport, error) {
+	return s.ledger.History(ctx, collection, min(max(limit, 1), 1000))
+}
+
+// AdoptRollback makes the restored ledger the truth for the collection: its deletes may run
+// again, every entry is read back, and points of the lost history become orphans, which the
+// next repairing run deletes.
+func (s *Service) AdoptRollback(ctx context.Context, collection string) error {
+	err := s.ledger.AdoptRollback(ctx, collection)
+	if err == nil {
+		s.log.WarnContext(ctx, "rollback adopted", "collection", collection)
+		s.cfg.Wake()
+	}
+	return err
+}
+
+// DiscardRollback gives the collection's index up and has it built again, under a new name,
+// from what the ledger says.
+func (s *Service) DiscardRollback(ctx context.Context, collection string) error {
+	err := s.ledger.DiscardRollback(ctx, collection)
+	if err == nil {
+		s.log.WarnContext(ctx, "index discarded after a rollback", "collection", collection)
+		s.cfg.Wake()
+	}
+	return err
+}
+
+func newID() corpus.ID {
+	var id corpus.ID
+	_, _ = rand.Read(id[:]) // never fails: crypto/rand ends the process instead
+	id[6] = id[6]&0x0f | 0x40
+	id[8] = id[8]&0x3f | 0x80
+	return id
+}
