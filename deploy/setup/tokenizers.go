@@ -151,6 +151,9 @@ func (s *setup) buildTokenizers(ctx context.Context, key string, files map[strin
 // heartbeat is how often a silent command shows that it is alive.
 const heartbeat = 15 * time.Second
 
+// killDelay is how long an interrupted command may take to stop before it is killed.
+const killDelay = 10 * time.Second
+
 // logTail is how much of a failed command's log is shown, in bytes.
 const logTail = 4 << 10
 
@@ -163,6 +166,9 @@ func (s *setup) runLogged(cmd *exec.Cmd, path string) error {
 	}
 	defer log.Close()
 	cmd.Stdout, cmd.Stderr = log, log
+	// Interrupted, cargo and pip stop what they started; killed, they leave it running.
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	cmd.WaitDelay = killDelay
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("starting %s: %w", cmd.Path, err)
 	}
