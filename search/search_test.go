@@ -570,3 +570,26 @@ lockstep_search_results_total 9
 		t.Error(err)
 	}
 }
+
+// TestLikeALongDocument: more chunks than are averaged, and none of them is an answer.
+func TestLikeALongDocument(t *testing.T) {
+	t.Parallel()
+	w, e := oneDocument(t)
+	texts := make([]string, likeChunks+40)
+	for i := range texts {
+		texts[i] = "alpha beta"
+	}
+	w.put(t, e, "long", nil, texts...)
+	got, err := w.service(e, Config{}).Search(context.Background(), corpus.SearchRequest{Collection: "kb", Like: "long", Limit: 3, Mode: corpus.ModeDense})
+	if err != nil || len(got.Results) != 3 || got.Truncated {
+		t.Fatalf("%d results, truncated %v, %v", len(got.Results), got.Truncated, err)
+	}
+	for _, h := range got.Results {
+		if h.ExternalID == "long" {
+			t.Error("the document finds itself")
+		}
+	}
+	if got.Filtered != 0 {
+		t.Errorf("its own chunks count as filtered: %d", got.Filtered)
+	}
+}
