@@ -35,8 +35,9 @@ type Config struct {
 type Stack struct {
 	// DatabaseURL holds a password: never log it.
 	DatabaseURL string
-	// QdrantURL is the gRPC address, http://127.0.0.1:port.
-	QdrantURL string
+	// QdrantURL is the gRPC address, http://127.0.0.1:port, and QdrantAPIKey the key it asks
+	// for: other users of this machine can reach the port.
+	QdrantURL, QdrantAPIKey string
 	// Embedded tells people, one sentence a server, what runs and where its data lies.
 	Embedded []string
 
@@ -76,15 +77,18 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 		s.Embedded = append(s.Embedded, where)
 	}
 	if cfg.NeedQdrant {
+		if s.QdrantAPIKey, err = dir.secret("index.key"); err != nil {
+			return nil, fmt.Errorf("starting the embedded index: %w", err)
+		}
 		if bin, ok := findQdrant(cfg.QdrantBin); ok {
-			url, ch, where, err := startQdrant(ctx, cfg, bin, dir, log)
+			url, ch, where, err := startQdrant(ctx, cfg, bin, dir, s.QdrantAPIKey, log)
 			if err != nil {
 				return nil, fmt.Errorf("starting qdrant: %w", err)
 			}
 			s.QdrantURL, s.children = url, append(s.children, ch)
 			s.Embedded = append(s.Embedded, where)
 		} else {
-			index, where, err := startLocalIndex(dir, log)
+			index, where, err := startLocalIndex(dir, s.QdrantAPIKey, log)
 			if err != nil {
 				return nil, fmt.Errorf("starting the embedded index: %w", err)
 			}

@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -20,12 +22,17 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/lockstep-db/lockstep/internal/corpus"
+	"github.com/lockstep-db/lockstep/store/qdrant"
+	"github.com/lockstep-db/lockstep/store/qdrantlocal"
 )
 
 // helperDir makes the test binary play a Lockstep that holds a stack until it is killed.
 const helperDir = "DEVSTACK_TEST_HELPER_DIR"
 
 func TestMain(m *testing.M) {
+	if filepath.Base(os.Args[0]) == "qdrant" {
+		playQdrant()
+	}
 	if dir := os.Getenv(helperDir); dir != "" {
 		s, err := Start(context.Background(), Config{DataDir: dir, NeedPostgres: true, Logger: slog.New(slog.DiscardHandler)})
 		if err != nil {
@@ -36,6 +43,118 @@ func TestMain(m *testing.M) {
 		select {}
 	}
 	goleak.VerifyTestMain(m)
+}
+
+// playQdrant is what the test binary does when it is called qdrant: it serves the embedded
+// index as the environment that devstack gave it says.
+func playQdrant() {
+	server, err := qdrantlocal.Open(os.Getenv("QDRANT__STORAGE__STORAGE_PATH"), qdrantlocal.Options{APIKey: os.Getenv("QDRANT__SERVICE__API_KEY")})
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	l, err := net.Listen("tcp", net.JoinHostPort(os.Getenv("QDRANT__SERVICE__HOST"), os.Getenv("QDRANT__SERVICE__GRPC_PORT")))
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	fmt.Println("serving", len(os.Environ()), "variables")
+	term := make(chan os.Signal, 1)
+	signal.Notify(term, syscall.SIGTERM)
+	go func() {
+		<-term
+		if err := server.Close(); err != nil {
+			fmt.Println(err)
+		}
+	}()
+	if err := server.Serve(l); err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	if err := server.Close(); err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+func openIndex(t *testing.T, s *Stack) *qdrant.Client {
+	t.Helper()
+	c, err := qdrant.Open(t.Context(), qdrant.Config{URL: s.QdrantURL, APIKey: s.QdrantAPIKey})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return c
+}
+
+// The same index, whichever serves it: its data outlives the stop, its key is asked for.
+func TestIndex(t *testing.T) {
+	t.Parallel()
+	bin := filepath.Join(tempDir(t), "qdrant")
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile(self)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(bin, data, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for name, bin := range map[string]string{"in process": filepath.Join(tempDir(t), "none"), "a qdrant binary": bin} {
+		t.Run(name, func(t *testing.T) {
+			dir := tempDir(t)
+			ix := corpus.Index{QdrantName: "lockstep_x", Layout: corpus.Layout{Vectors: corpus.Dense, Dim: 2}}
+			var first string
+			for round := range 2 {
+				s, err := Start(t.Context(), Config{DataDir: dir, NeedQdrant: true, QdrantBin: bin, Logger: slog.New(slog.NewTextHandler(t.Output(), nil))})
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { stop(t, s) })
+				c := openIndex(t, s)
+				if err := c.Ping(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				if err := s.Health(); err != nil {
+					t.Error(err)
+				}
+				if round == 0 {
+					first = s.QdrantAPIKey
+					if err := c.CreateIndex(t.Context(), ix); err != nil {
+						t.Fatal(err)
+					}
+				}
+				exists, drift, err := c.DescribeIndex(t.Context(), ix)
+				if err != nil || !exists || len(drift) > 0 {
+					t.Errorf("round %d: exists %v, drift %v, %v", round, exists, drift, err)
+				}
+				if s.QdrantAPIKey != first {
+					t.Error("the key changed")
+				}
+				thief, err := qdrant.Open(t.Context(), qdrant.Config{URL: s.QdrantURL})
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := thief.ListOurCollections(t.Context(), ""); corpus.CodeOf(err) != "index_credentials" {
+					t.Errorf("without the key: %v", err)
+				}
+				if err := thief.Close(); err != nil {
+					t.Error(err)
+				}
+				stop(t, s)
+				if err := c.Ping(t.Context()); err == nil {
+					t.Error("it still answers after the stop")
+				}
+			}
+		})
+	}
 }
 
 // tempDir is one that other users may pass, as a data directory must be when root runs this.
@@ -348,7 +467,7 @@ func TestLiveOrphanIsStopped(t *testing.T) {
 		t.Fatal(err)
 	}
 	cmd := p.command("postgres", "-D", p.data, "-c", "port="+strconv.Itoa(port), "-c", "unix_socket_directories=")
-	cmd.SysProcAttr.Pdeathsig = 0
+	cmd.SysProcAttr = attributes(p.as, 0)
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}

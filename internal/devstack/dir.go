@@ -1,6 +1,8 @@
 package devstack
 
 import (
+	"crypto/rand"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -97,6 +99,23 @@ func (d *dataDir) close() error {
 	// Unlocking before closing: a process being forked at this moment still holds a copy of
 	// the descriptor. The file stays: removing it would race with the next holder.
 	return errors.Join(unix.Flock(int(d.lock.Fd()), unix.LOCK_UN), d.lock.Close())
+}
+
+// secret reads a generated secret, or makes it on first use.
+func (d *dataDir) secret(name string) (string, error) {
+	raw, err := os.ReadFile(d.join(name))
+	if err == nil && len(strings.TrimSpace(string(raw))) >= 16 {
+		return strings.TrimSpace(string(raw)), nil
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", err
+	}
+	var b [24]byte
+	if _, err := rand.Read(b[:]); err != nil {
+		return "", err
+	}
+	s := hex.EncodeToString(b[:])
+	return s, writeFile(d.join(name), []byte(s+"\n"), 0o600)
 }
 
 // writeFile replaces a file at once: a crash leaves the old one or the new one.

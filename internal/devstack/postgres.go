@@ -2,8 +2,6 @@ package devstack
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -137,30 +135,19 @@ func (p *postgres) stopOrphan(ctx context.Context) error {
 
 // credentials reads the password, or makes one. A lost password of a database that exists is
 // replaced in single-user mode.
-func (p *postgres) credentials(ctx context.Context, fresh bool) error {
-	name := p.dir.join("postgres.password")
-	raw, err := os.ReadFile(name)
-	if err == nil && len(strings.TrimSpace(string(raw))) >= 16 {
-		p.password = strings.TrimSpace(string(raw))
-		return nil
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+func (p *postgres) credentials(ctx context.Context, fresh bool) (err error) {
+	const name = "postgres.password"
+	_, statErr := os.Lstat(p.dir.join(name))
+	if p.password, err = p.dir.secret(name); err != nil || fresh || statErr == nil {
 		return err
 	}
-	var b [24]byte
-	if _, err := rand.Read(b[:]); err != nil {
-		return err
+	p.log.WarnContext(ctx, "the embedded Postgres' password was lost; setting a new one")
+	cmd := p.command("postgres", "--single", "-D", p.data, "postgres")
+	cmd.Stdin = strings.NewReader("ALTER ROLE " + pgUser + " PASSWORD '" + p.password + "'\n") // hex: nothing to quote
+	if err := runTool(ctx, cmd); err != nil {
+		return errors.Join(err, os.Remove(p.dir.join(name))) // so that the next start tries again
 	}
-	p.password = hex.EncodeToString(b[:])
-	if !fresh {
-		p.log.WarnContext(ctx, "the embedded Postgres' password was lost; setting a new one")
-		cmd := p.command("postgres", "--single", "-D", p.data, "postgres")
-		cmd.Stdin = strings.NewReader("ALTER ROLE " + pgUser + " PASSWORD '" + p.password + "'\n") // hex: nothing to quote
-		if err := runTool(ctx, cmd); err != nil {
-			return err
-		}
-	}
-	return writeFile(name, []byte(p.password+"\n"), 0o600)
+	return nil
 }
 
 // initialise makes the database beside its place and moves it there when it is complete, so

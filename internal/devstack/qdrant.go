@@ -32,9 +32,14 @@ func findQdrant(asked string) (string, bool) {
 }
 
 // startQdrant runs the binary with its storage under the data directory, on loopback ports.
-func startQdrant(ctx context.Context, cfg Config, bin string, dir *dataDir, log *slog.Logger) (string, *child, string, error) {
+func startQdrant(ctx context.Context, cfg Config, bin string, dir *dataDir, key string, log *slog.Logger) (string, *child, string, error) {
 	fail := func(err error) (string, *child, string, error) { return "", nil, "", err }
 	home := dir.join("qdrant")
+	if _, err := os.Lstat(home); errors.Is(err, fs.ErrNotExist) {
+		if _, err := os.Lstat(dir.join("index")); err == nil {
+			log.WarnContext(ctx, "a qdrant binary was found and replaces the embedded index; indexes are built again in it", "qdrant", bin, "unused", dir.join("index"))
+		}
+	}
 	if err := os.MkdirAll(home, 0o700); err != nil {
 		return fail(err)
 	}
@@ -49,7 +54,7 @@ func startQdrant(ctx context.Context, cfg Config, bin string, dir *dataDir, log 
 		return fail(err)
 	}
 	for try := 1; ; try++ {
-		url, ch, err := runQdrant(ctx, cfg, bin, home, pidFile, dir, log)
+		url, ch, err := runQdrant(ctx, cfg, bin, home, pidFile, key, dir, log)
 		if err == nil {
 			return url, ch, fmt.Sprintf("Qdrant (%s), data in %s, for evaluation: set QDRANT_URL for your own", bin, home), nil
 		}
@@ -59,7 +64,7 @@ func startQdrant(ctx context.Context, cfg Config, bin string, dir *dataDir, log 
 	}
 }
 
-func runQdrant(ctx context.Context, cfg Config, bin, home, pidFile string, dir *dataDir, log *slog.Logger) (string, *child, error) {
+func runQdrant(ctx context.Context, cfg Config, bin, home, pidFile, key string, dir *dataDir, log *slog.Logger) (string, *child, error) {
 	grpcPort, err := freePort()
 	if err != nil {
 		return "", nil, err
@@ -81,6 +86,7 @@ func runQdrant(ctx context.Context, cfg Config, bin, home, pidFile string, dir *
 				"QDRANT__STORAGE__STORAGE_PATH="+filepath.Join(home, "storage"),
 				"QDRANT__STORAGE__SNAPSHOTS_PATH="+filepath.Join(home, "snapshots"),
 				"QDRANT__SERVICE__HOST=127.0.0.1",
+				"QDRANT__SERVICE__API_KEY="+key,
 				"QDRANT__SERVICE__GRPC_PORT="+strconv.Itoa(grpcPort),
 				"QDRANT__SERVICE__HTTP_PORT="+strconv.Itoa(httpPort),
 				"QDRANT__TELEMETRY_DISABLED=true",
