@@ -39,6 +39,10 @@ build: bin/setup ## Build bin/lockstep
 run: build ## Serve on this machine, with everything embedded; stop it with Ctrl-C
 	@exec bin/lockstep serve $(ARGS)
 
+.PHONY: demo
+demo: build ## Fill a running "make run" with Go's documentation and ask it questions
+	@$(SETUP) examples/demo.sh
+
 .PHONY: test
 test: bin/setup ## Vet and run all tests under the race detector
 	@$(SETUP) go vet $(PKGS)
