@@ -115,24 +115,33 @@ func (e *Env) flags(command, synopsis, about string) *flag.FlagSet {
 	return set
 }
 
-// parse reads flags wherever they stand between the operands; "--" ends them. ok is false
-// when the command is done already (help, or wrong usage), with its code.
+// parse reads the arguments. ok is false when the command is done already (help, or wrong
+// usage), with its code.
 func (e *Env) parse(set *flag.FlagSet) (operands []string, code int, ok bool) {
-	args := e.Args
+	operands, err := ParseFlags(set, e.Args)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		return nil, ExitOK, false
+	case err != nil:
+		return nil, e.usage(set.Name(), "%s", strings.TrimPrefix(err.Error(), "flag provided but ")), false
+	}
+	return operands, ExitOK, true
+}
+
+// ParseFlags reads flags wherever they stand between the operands, and returns the operands;
+// "--" ends the flags.
+func ParseFlags(set *flag.FlagSet, args []string) (operands []string, err error) {
 	for {
 		if err := set.Parse(args); err != nil {
-			if errors.Is(err, flag.ErrHelp) {
-				return nil, ExitOK, false
-			}
-			return nil, e.usage(set.Name(), "%s", strings.TrimPrefix(err.Error(), "flag provided but ")), false
+			return nil, err
 		}
 		rest := set.Args()
 		if len(rest) == 0 {
-			return operands, ExitOK, true
+			return operands, nil
 		}
 		// flag stops at the first operand, or after "--".
 		if used := len(args) - len(rest); used > 0 && args[used-1] == "--" {
-			return append(operands, rest...), ExitOK, true
+			return append(operands, rest...), nil
 		}
 		operands = append(operands, rest[0])
 		args = rest[1:]

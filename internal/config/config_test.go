@@ -7,7 +7,6 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -257,18 +256,6 @@ func TestEverySettingIsDescribed(t *testing.T) {
 	Usage(&usage)
 	if !strings.Contains(usage.String(), "--http-max-body") || !strings.Contains(usage.String(), "LOCKSTEP_DATABASE_URL, DATABASE_URL") {
 		t.Errorf("usage:\n%s", usage.String())
-	}
-}
-
-func TestServerTLS(t *testing.T) {
-	t.Parallel()
-	var c Config
-	if got, err := c.ServerTLS(); got != nil || err != nil {
-		t.Errorf("without a certificate: %v, %v", got, err)
-	}
-	c.TLS = TLS{CertFile: filepath.Join(t.TempDir(), "none.pem"), KeyFile: "none"}
-	if _, err := c.ServerTLS(); err == nil {
-		t.Error("a missing certificate was accepted")
 	}
 }
 

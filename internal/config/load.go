@@ -27,17 +27,15 @@ type Source struct {
 	Root bool
 }
 
-// Flags are the parsed arguments of a command that has a configuration.
+// Flags are the arguments of a command that has a configuration.
 type Flags struct {
-	set   *flag.FlagSet
 	given map[string]string // by YAML path
 	file  string
-	print bool
 }
 
 // AddFlags declares a flag for every setting on set, and --config.
 func AddFlags(set *flag.FlagSet) *Flags {
-	f := &Flags{set: set, given: map[string]string{}}
+	f := &Flags{given: map[string]string{}}
 	probe := Default()
 	for _, s := range settingsOf(&probe) {
 		take := func(text string) error {
@@ -55,12 +53,6 @@ func AddFlags(set *flag.FlagSet) *Flags {
 	}
 	set.StringVar(&f.file, "config", "", "YAML file of settings; default $LOCKSTEP_CONFIG")
 	return f
-}
-
-// AddPrint declares --print-config, which asks the command to show the settings and end.
-func (f *Flags) AddPrint() *bool {
-	f.set.BoolVar(&f.print, "print-config", false, "print the effective settings with secrets masked, and exit")
-	return &f.print
 }
 
 // Load merges defaults, file, variables and flags, in rising order, and validates the whole.
