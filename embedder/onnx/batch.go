@@ -1,6 +1,7 @@
 package onnx
 
 import (
+	"iter"
 	"math"
 	"slices"
 
@@ -16,6 +17,32 @@ type batch struct {
 	heads corpus.Heads
 	// longest row and sum of all, in tokens.
 	longest, tokens int
+}
+
+// maxScores bounds rows × attention heads × length² of one padded run. Where rows have padding,
+// ONNX Runtime's CPU attention holds a float32 for each: 1 GiB here, 27 GB for 25 rows of up to
+// 8,192 tokens with 4 heads. The bound itself is unmeasured.
+const maxScores = 1 << 28
+
+// batches cuts rows, in order, into runs that the graph can take; nearly always one.
+func (e *Engine) batches(rows [][]uint32, heads corpus.Heads) iter.Seq[batch] {
+	return func(yield func(batch) bool) {
+		b := batch{heads: heads}
+		for i, row := range rows {
+			longest := max(b.longest, len(row))
+			scores := (len(b.rows) + 1) * e.manifest.AttentionHeads * longest * longest
+			if e.Padded() && len(b.rows) > 0 && scores > maxScores {
+				if !yield(b) {
+					return
+				}
+				b = batch{heads: heads}
+			}
+			b.rows = rows[i-len(b.rows) : i+1]
+			b.longest = max(b.longest, len(row))
+			b.tokens += len(row)
+		}
+		yield(b)
+	}
 }
 
 // outputs are the tensors of one run; those not asked for have no name. sparseAt and colbertAt

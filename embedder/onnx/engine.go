@@ -127,14 +127,23 @@ func (e *Engine) Run(rows [][]uint32, heads corpus.Heads) ([]corpus.Vectors, err
 	if heads == 0 || !e.spec.Heads.Has(heads) {
 		return nil, corpus.Errorf(corpus.Invalid, "output_unsupported", "the model %s has the outputs %s, not %s", e.spec.Name, e.spec.Heads, heads)
 	}
-	b := batch{rows: rows, heads: heads}
 	for i, row := range rows {
 		if err := e.checkRow(i, row); err != nil {
 			return nil, err
 		}
-		b.longest = max(b.longest, len(row))
-		b.tokens += len(row)
 	}
+	results := make([]corpus.Vectors, 0, len(rows))
+	for b := range e.batches(rows, heads) {
+		part, err := e.runBatch(b)
+		if err != nil {
+			return nil, err
+		}
+		results = append(results, part...)
+	}
+	return results, nil
+}
+
+func (e *Engine) runBatch(b batch) ([]corpus.Vectors, error) {
 	var inputs []input
 	var out outputs
 	if e.form == model.Packed {
@@ -143,7 +152,7 @@ func (e *Engine) Run(rows [][]uint32, heads corpus.Heads) ([]corpus.Vectors, err
 		inputs, out = e.padded(b)
 	}
 	if e.gated {
-		inputs = append(inputs, input{name: model.InputHeads, shape: ort.NewShape(1), data: []int32{int32(heads)}})
+		inputs = append(inputs, input{name: model.InputHeads, shape: ort.NewShape(1), data: []int32{int32(b.heads)}})
 	}
 	if err := e.session.run(inputs, out.bound()); err != nil {
 		return nil, err

@@ -127,6 +127,45 @@ func TestPackedPlaces(t *testing.T) {
 	}
 }
 
+func TestLargeBatchesAreCut(t *testing.T) {
+	t.Parallel()
+	lengths := func(form string, rows ...int) [][]int {
+		e := &Engine{form: form, manifest: &model.Manifest{AttentionHeads: 16}}
+		in := make([][]uint32, len(rows))
+		for i, n := range rows {
+			in[i] = make([]uint32, n)
+		}
+		var cut [][]int
+		for b := range e.batches(in, corpus.Dense) {
+			var part []int
+			longest, tokens := 0, 0
+			for _, row := range b.rows {
+				part, longest, tokens = append(part, len(row)), max(longest, len(row)), tokens+len(row)
+			}
+			if b.longest != longest || b.tokens != tokens || b.heads != corpus.Dense {
+				t.Errorf("batch of %v says longest %d, tokens %d", part, b.longest, b.tokens)
+			}
+			cut = append(cut, part)
+		}
+		return cut
+	}
+	for _, c := range []struct {
+		form string
+		rows []int
+		want [][]int
+	}{
+		{model.Padded, []int{1}, [][]int{{1}}},
+		{model.Padded, []int{8192, 8192}, [][]int{{8192}, {8192}}},
+		{model.Padded, []int{4096, 3, 4096, 5, 5}, [][]int{{4096}, {3}, {4096}, {5, 5}}},
+		{model.Padded, slices.Repeat([]int{2048}, 9), [][]int{{2048, 2048, 2048, 2048}, {2048, 2048, 2048, 2048}, {2048}}},
+		{model.Packed, []int{8192, 8192, 3}, [][]int{{8192, 8192, 3}}},
+	} {
+		if got := lengths(c.form, c.rows...); !reflect.DeepEqual(got, c.want) {
+			t.Errorf("%s %v cut into %v, expected %v", c.form, c.rows, got, c.want)
+		}
+	}
+}
+
 func TestPaddingIsThePaddingToken(t *testing.T) {
 	t.Parallel()
 	e := openEngine(t, handModel(t, model.Padded, paddedGraph(), nil))

@@ -20,29 +20,43 @@ import (
 	"github.com/lockstep-db/lockstep/internal/corpus"
 )
 
-// miniLM builds all-MiniLM-L6-v2 from its checkpoint once for all tests of the package.
-var miniLM = struct {
+// builtModel is a model built from its checkpoint once for all tests of the package.
+type builtModel struct {
 	once sync.Once
 	dir  string
 	err  error
-}{}
+}
+
+var miniLM, tinyM3 builtModel
+
+// from builds the checkpoint on first use and returns the built folder.
+func (m *builtModel) from(tb testing.TB, checkpoint string) string {
+	tb.Helper()
+	m.once.Do(func() {
+		var tmp string
+		//nolint:usetesting // it outlives the first test; TestMain removes it
+		if tmp, m.err = os.MkdirTemp("", "lockstep-model-"); m.err != nil {
+			return
+		}
+		m.dir = filepath.Join(tmp, "model")
+		_, m.err = model.Build(context.Background(), checkpoint, m.dir, model.Options{})
+	})
+	if m.err != nil {
+		tb.Fatal(m.err)
+	}
+	return m.dir
+}
+
+func (m *builtModel) remove() error {
+	if m.dir == "" {
+		return nil
+	}
+	return os.RemoveAll(filepath.Dir(m.dir))
+}
 
 func miniLMDir(tb testing.TB) string {
 	tb.Helper()
-	checkpoint := need(tb, "LOCKSTEP_MINILM")
-	miniLM.once.Do(func() {
-		var tmp string
-		//nolint:usetesting // it outlives the first test; TestMain removes it
-		if tmp, miniLM.err = os.MkdirTemp("", "lockstep-minilm-"); miniLM.err != nil {
-			return
-		}
-		miniLM.dir = filepath.Join(tmp, "model")
-		_, miniLM.err = model.Build(context.Background(), checkpoint, miniLM.dir, model.Options{Name: "minilm"})
-	})
-	if miniLM.err != nil {
-		tb.Fatal(miniLM.err)
-	}
-	return miniLM.dir
+	return miniLM.from(tb, need(tb, "LOCKSTEP_MINILM"))
 }
 
 // vectorGoldens is what embedder/model/testdata/make_goldens.py writes.
