@@ -80,8 +80,8 @@ func Read(root string, prefixes ...string) ([]Document, error) {
 			return err
 		}
 		path := filepath.ToSlash(rel)
-		switch d.Name() {
-		case "internal", "testdata", "vendor", "cmd":
+		switch name := d.Name(); {
+		case slices.Contains([]string{"internal", "testdata", "vendor", "cmd"}, name), strings.HasPrefix(name, "_"):
 			return filepath.SkipDir
 		}
 		if path == "." || len(prefixes) > 0 && !slices.ContainsFunc(prefixes, func(p string) bool {
