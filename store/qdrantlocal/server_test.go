@@ -28,8 +28,8 @@ func open(t testing.TB, dir string, opts Options) *Server {
 	return s
 }
 
-// dial serves s on a free port of this machine and returns a client of it.
-func dial(t testing.TB, s *Server) *qdrant.Client {
+// serve serves s on a free port of this machine until the test ends.
+func serve(t testing.TB, s *Server) (addr string) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -45,7 +45,13 @@ func dial(t testing.TB, s *Server) *qdrant.Client {
 			t.Errorf("serving: %v", err)
 		}
 	})
-	return storetest.Dial(t, l.Addr().String())
+	return l.Addr().String()
+}
+
+// dial serves s and returns a client of it.
+func dial(t testing.TB, s *Server) *qdrant.Client {
+	t.Helper()
+	return storetest.Dial(t, serve(t, s))
 }
 
 func TestSmoke(t *testing.T) {
