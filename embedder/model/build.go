@@ -53,7 +53,7 @@ func Build(ctx context.Context, src, dst string, o Options) (*Manifest, error) {
 	if o.Progress == nil {
 		o.Progress = func(Progress) {}
 	}
-	if !slices.Contains([]Precision{FP32, Int8, FP16}, o.Precision) {
+	if graphWriters[o.Precision] == nil {
 		return nil, corpus.Errorf(corpus.Invalid, "precision", "precision %q is unknown; use fp32, int8 or fp16", o.Precision)
 	}
 	m, err := build(ctx, src, dst, o)
@@ -112,11 +112,18 @@ func build(ctx context.Context, src, dst string, o Options) (*Manifest, error) {
 	return Open(dst)
 }
 
+// graphWriters are the graphs of each precision, the preferred first.
+var graphWriters = map[Precision][]func(*description, map[string]stored) (*onnxGraph, Graph){
+	FP32: {paddedGraph},
+	Int8: {paddedGraph},
+	FP16: {packedGraph, lengthsGraph},
+}
+
 // write fills the directory of a new model and the manifest.
 func write(ctx context.Context, dir string, ck *checkpoint, d *description, m *Manifest, progress func(Progress)) error {
 	var done int64
 	total := ck.bytes(m.Precision)
-	w, err := newWeightsWriter(dir, "weights.bin", m.Precision == FP16, func(n int64) {
+	w, err := newWeightsWriter(dir, "weights.bin", func(n int64) {
 		done += n
 		progress(Progress{Stage: "writing", Done: min(done, total), Total: total})
 	})
@@ -138,12 +145,14 @@ func write(ctx context.Context, dir string, ck *checkpoint, d *description, m *M
 		m.Files = append(m.Files, File{Name: name, Size: int64(len(data)), SHA256: hex.EncodeToString(sum[:])})
 		return writeSynced(filepath.Join(dir, name), data)
 	}
-	g, entryG := paddedGraph(d, w.all)
-	entryG.File = "padded.onnx"
-	if err := put(entryG.File, g.encodeModel()); err != nil {
-		return err
+	for _, write := range graphWriters[m.Precision] {
+		g, entry := write(d, w.all)
+		entry.File = entry.Form + ".onnx"
+		if err := put(entry.File, g.encodeModel()); err != nil {
+			return err
+		}
+		m.Graphs = append(m.Graphs, entry)
 	}
-	m.Graphs = append(m.Graphs, entryG)
 	if err := put(TokenizerFile, d.tokenizer); err != nil {
 		return err
 	}

@@ -42,12 +42,6 @@ func (e *encoder) weight(name string) string {
 	return name
 }
 
-// has reports whether the weights file has an array of that name.
-func (e *encoder) has(name string) bool {
-	_, ok := e.weights[name]
-	return ok
-}
-
 // skipNorm adds input, skip and bias and normalises the sum.
 func (e *encoder) skipNorm(input, skip, norm, bias string) string {
 	in := []string{input, skip, e.weight(norm + ".gamma"), e.weight(norm + ".beta")}
@@ -59,6 +53,11 @@ func (e *encoder) skipNorm(input, skip, norm, bias string) string {
 
 // linear multiplies by a weight matrix, without a bias.
 func (e *encoder) linear(x, weight string) string {
+	if s, ok := e.weights[weight]; ok && s.elem == onnxUint8 {
+		return e.ms("MatMulNBits", []string{x, e.weight(weight), e.weight(weight + ".scales")},
+			attr{"K", s.inner}, attr{"N", s.dims[0]}, attr{"bits", 8}, attr{"block_size", blockSize},
+			attr{"accuracy_level", 4}) // 4: activations in int8, quantised block by block
+	}
 	return e.node("MatMul", []string{x, e.weight(weight)})
 }
 
@@ -68,6 +67,15 @@ func (e *encoder) feedForward(x, layer string) string {
 	y = e.ms("BiasGelu", []string{y, e.weight(layer + "up.bias")})
 	y = e.linear(y, layer+"down")
 	return e.skipNorm(y, x, layer+"output", layer+"down.bias")
+}
+
+// words looks up the word vectors of token ids, in the precision that layers compute in.
+func (e *encoder) words(ids string) string {
+	v := e.node("Gather", []string{e.weight("words"), ids}, attr{"axis", 0})
+	if e.weights["words"].elem != e.weights["positions"].elem {
+		v = e.node("Cast", []string{v}, attr{"to", e.weights["positions"].elem})
+	}
+	return v
 }
 
 // afterAttention is a layer's output projection and feed-forward half; x is the layer's
@@ -102,11 +110,104 @@ func (e *encoder) none(rank int) string {
 	return e.node("ConstantOfShape", []string{e.ints(make([]int, rank)...)})
 }
 
-// normalise divides the last axis by its Euclidean length, at least 1e-12 as torch does. It
-// takes float32.
+// float32 casts a value that layers computed; it is one already where they compute in it.
+func (e *encoder) float32(v string) string {
+	if e.weights["positions"].elem == onnxFloat {
+		return v
+	}
+	return e.node("Cast", []string{v}, attr{"to", onnxFloat})
+}
+
+// normalise divides the last axis by its Euclidean length, at least 1e-12 as torch does, in
+// float32.
 func (e *encoder) normalise(v string) string {
+	return e.normaliseFloat(e.float32(v))
+}
+
+// normaliseFloat is normalise of a float32.
+func (e *encoder) normaliseFloat(v string) string {
 	length := e.node("ReduceL2", []string{v, e.ints(-1)}, attr{"keepdims", 1})
 	return e.node("Div", []string{v, e.node("Max", []string{length, e.scalar(1e-12)})})
+}
+
+// pool pools [B,S,H] over the tokens that mask [B,S], float32, keeps, as
+// sentence-transformers does.
+func (e *encoder) pool(x, mask string) string {
+	x = e.float32(x)
+	if e.d.pooling == poolMax {
+		keep := e.node("Cast", []string{e.node("Unsqueeze", []string{mask, e.ints(2)})}, attr{"to", onnxBool})
+		low := e.node("Where", []string{keep, x, e.scalar(-1e9)})
+		return e.node("ReduceMax", []string{low, e.ints(1)}, attr{"keepdims", 0})
+	}
+	// A row of the mask times its tokens is their sum: one small matrix product.
+	row := e.node("Unsqueeze", []string{mask, e.ints(1)})
+	sum := e.node("Squeeze", []string{e.node("MatMul", []string{row, x}), e.ints(1)})
+	count := e.node("Max", []string{e.node("ReduceSum", []string{mask, e.ints(1)}, attr{"keepdims", 1}), e.scalar(1e-9)})
+	if e.d.pooling == poolSqrtLen {
+		count = e.node("Sqrt", []string{count})
+	}
+	return e.node("Div", []string{sum, count})
+}
+
+// sparseWeights is the sparse head: a weight for every token of x [...,H].
+func (e *encoder) sparseWeights(x string) string {
+	v := e.node("Add", []string{e.linear(x, "heads.sparse"), e.weight("heads.sparse.bias")})
+	return e.float32(e.node("Squeeze", []string{e.node("Relu", []string{v}), e.ints(-1)}))
+}
+
+// colbertVectors is the ColBERT head before normalisation: a vector for every token.
+func (e *encoder) colbertVectors(x string) string {
+	return e.float32(e.node("Add", []string{e.linear(x, "heads.colbert"), e.weight("heads.colbert.bias")}))
+}
+
+// form is what differs between the forms of a graph, for [encoder.finish].
+type form struct {
+	// layer is the whole last layer of x; first the same for first tokens alone, [B,H].
+	layer func(e *encoder, x, name string) string
+	first func(e *encoder, x, name string) string
+	// firstOf picks first tokens, [B,H], from the last layer; pool pools all tokens.
+	firstOf func(e *encoder, x string) string
+	pool    func(e *encoder, x string) string
+	sparse  func(e *encoder, x string) string
+	colbert func(e *encoder, x string) string
+	// Dimensions of the outputs sparse and colbert.
+	sparseDims, colbertDims []any
+}
+
+// finish writes the last layer and the heads over x, the layers before it. Where only first
+// tokens are asked for, the last layer is computed for them alone.
+func (e *encoder) finish(x string, f form, entry *Graph) {
+	last := layerName(e.d.cfg.NumHiddenLayers - 1)
+	entry.Outputs = []string{OutputDense}
+	dense := func(v string) { e.name(v, OutputDense, "batch", e.d.cfg.HiddenSize) }
+	if !e.d.m3 {
+		if e.d.pooling == poolCLS {
+			dense(e.normalise(f.first(e, x, last)))
+		} else {
+			dense(e.normalise(f.pool(e, f.layer(e, x, last))))
+		}
+		return
+	}
+	e.input(InputHeads, onnxInt32, 1)
+	entry.Inputs = append(entry.Inputs, InputHeads)
+	entry.Outputs = append(entry.Outputs, OutputSparse, OutputColBERT)
+	outs := []string{e.fresh("dense"), e.fresh("sparse"), e.fresh("colbert")}
+	e.choose(e.asked(corpus.SparseHead|corpus.ColBERT), outs, func(b *encoder) []string {
+		y := f.layer(b, x, last)
+		sparse, colbert := b.fresh("sparse"), b.fresh("colbert")
+		b.choose(b.asked(corpus.SparseHead), []string{sparse},
+			func(b *encoder) []string { return []string{f.sparse(b, y)} },
+			func(b *encoder) []string { return []string{b.none(len(f.sparseDims))} })
+		b.choose(b.asked(corpus.ColBERT), []string{colbert},
+			func(b *encoder) []string { return []string{f.colbert(b, y)} },
+			func(b *encoder) []string { return []string{b.none(len(f.colbertDims))} })
+		return []string{b.normalise(f.firstOf(b, y)), sparse, colbert}
+	}, func(b *encoder) []string {
+		return []string{b.normalise(f.first(b, x, last)), b.none(len(f.sparseDims)), b.none(len(f.colbertDims))}
+	})
+	dense(outs[0])
+	e.name(outs[1], OutputSparse, f.sparseDims...)
+	e.name(outs[2], OutputColBERT, f.colbertDims...)
 }
 
 // name gives a value the name of an output and declares it.

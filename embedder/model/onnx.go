@@ -10,7 +10,7 @@ import (
 // The numbers ONNX gives to element types.
 const (
 	onnxFloat = 1
-	onnxInt8  = 3
+	onnxUint8 = 2
 	onnxInt32 = 6
 	onnxInt64 = 7
 	onnxBool  = 9

@@ -3,6 +3,7 @@ package model
 import (
 	"context"
 	"fmt"
+	"slices"
 )
 
 // writeWeights writes every array that the graphs of one precision need, in a fixed order.
@@ -10,7 +11,10 @@ func writeWeights(ctx context.Context, w *weightsWriter, ck *checkpoint, d *desc
 	h, inter := d.cfg.HiddenSize, d.cfg.IntermediateSize
 	e := weightsPlan{ctx: ctx, w: w, ck: ck, precision: p}
 
+	// Half precision loses nothing beside int8 and halves the largest array.
+	w.half = p == FP16 || p == Int8
 	e.copy("words", "embeddings.word_embeddings.weight", d.cfg.VocabSize, h)
+	w.half = p == FP16
 	e.positions(d)
 	e.norm("embed", "embeddings.LayerNorm", h)
 	for i := range d.cfg.NumHiddenLayers {
@@ -24,9 +28,9 @@ func writeWeights(ctx context.Context, w *weightsWriter, ck *checkpoint, d *desc
 		e.norm(out+"output", in+"output.LayerNorm", h)
 	}
 	if d.m3 {
-		e.matrix("heads.sparse", sparseWeight, 1, h)
+		e.floatMatrix("heads.sparse", sparseWeight, 1, h)
 		e.copy("heads.sparse.bias", sparseBias, 1)
-		e.matrix("heads.colbert", colbertWeight, d.colbertDim, h)
+		e.floatMatrix("heads.colbert", colbertWeight, d.colbertDim, h)
 		e.copy("heads.colbert.bias", colbertBias, d.colbertDim)
 	}
 	return e.err
@@ -76,8 +80,25 @@ func (e *weightsPlan) put(out string, v []float32, dims ...int) {
 	}
 }
 
-// matrix writes a linear layer's weight, [rows,cols] in the checkpoint, as [cols,rows].
+// matrix writes a linear layer's weight, [rows,cols] in the checkpoint, in the form that
+// [encoder.linear] multiplies by: quantised, or as [cols,rows] floats.
 func (e *weightsPlan) matrix(out, in string, rows, cols int) {
+	if e.precision != Int8 {
+		e.floatMatrix(out, in, rows, cols)
+		return
+	}
+	v := e.load(in, rows, cols)
+	if e.err != nil {
+		return
+	}
+	q, scales := quantise(v, rows, cols)
+	blocks := len(scales) / rows
+	e.err = e.w.putQuantised(out, q, cols, rows, blocks, blockSize)
+	e.put(out+".scales", scales, rows, blocks)
+}
+
+// floatMatrix writes a linear layer's weight as [cols,rows] floats in any precision.
+func (e *weightsPlan) floatMatrix(out, in string, rows, cols int) {
 	v := e.load(in, rows, cols)
 	if e.err == nil {
 		e.put(out, transpose(v, rows, cols), cols, rows)
@@ -106,12 +127,33 @@ func (e *weightsPlan) positions(d *description) {
 
 // attention writes the three input projections and the output projection.
 func (e *weightsPlan) attention(out, in string, h int) {
-	var bias []float32
+	self := in + "attention.self."
 	for _, part := range []string{"query", "key", "value"} {
-		e.matrix(out+part, in+"attention.self."+part+".weight", h, h)
-		bias = append(bias, e.load(in+"attention.self."+part+".bias", h)...)
+		e.matrix(out+part, self+part+".weight", h, h)
 	}
-	e.put(out+"qkv.bias", bias, 3*h)
-	e.matrix(out+"mix", in+"attention.output.dense.weight", h, h)
-	e.copy(out+"mix.bias", in+"attention.output.dense.bias", h)
+	q, k, v := e.load(self+"query.bias", h), e.load(self+"key.bias", h), e.load(self+"value.bias", h)
+	mix := in + "attention.output.dense"
+	if e.precision != FP16 {
+		e.put(out+"qkv.bias", slices.Concat(q, k, v), 3*h)
+		e.matrix(out+"mix", mix+".weight", h, h)
+		e.copy(out+"mix.bias", mix+".bias", h)
+		return
+	}
+	// On a GPU each bias is a pass over memory. The key's adds the same number to all scores
+	// of a query, which the softmax does not see. The value's comes out of the attention
+	// unchanged, since its weights sum to one, so the output projection's bias takes it over.
+	e.put(out+"query.bias", q, h)
+	w, b := e.load(mix+".weight", h, h), e.load(mix+".bias", h)
+	if e.err != nil {
+		return
+	}
+	for i := range b {
+		sum := float64(b[i])
+		for j, x := range v {
+			sum += float64(w[i*h+j]) * float64(x)
+		}
+		b[i] = float32(sum)
+	}
+	e.put(out+"mix", transpose(w, h, h), h, h)
+	e.put(out+"mix.bias", b, h)
 }

@@ -22,6 +22,8 @@ type stored struct {
 	file   string
 	offset int64
 	length int64
+	// inner is the length of a quantised matrix's rows without their filling.
+	inner int
 }
 
 // weightsWriter writes the external weights file: arrays one after the other, each at a
@@ -34,19 +36,19 @@ type weightsWriter struct {
 	at    int64
 	all   map[string]stored
 	order []string
-	half  bool // floats are stored in half precision
+	half  bool // floats are stored in half precision from here on
 	onAdd func(bytes int64)
 }
 
 // alignment lets the runtime map each array from the file: a page.
 const alignment = 4096
 
-func newWeightsWriter(dir, file string, half bool, onAdd func(int64)) (*weightsWriter, error) {
+func newWeightsWriter(dir, file string, onAdd func(int64)) (*weightsWriter, error) {
 	f, err := os.OpenFile(filepath.Join(dir, file), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
 	if err != nil {
 		return nil, err
 	}
-	w := &weightsWriter{file: file, f: f, sum: sha256.New(), all: map[string]stored{}, half: half, onAdd: onAdd}
+	w := &weightsWriter{file: file, f: f, sum: sha256.New(), all: map[string]stored{}, onAdd: onAdd}
 	w.buf = bufio.NewWriterSize(io.MultiWriter(f, w.sum), 1<<20)
 	return w, nil
 }
@@ -76,7 +78,7 @@ func (w *weightsWriter) write(b []byte) error {
 func (w *weightsWriter) end(name string) error {
 	s := w.all[name]
 	s.length = w.at - s.offset
-	width := map[int]int64{onnxFloat: 4, onnxHalf: 2, onnxInt8: 1}[s.elem]
+	width := map[int]int64{onnxFloat: 4, onnxHalf: 2, onnxUint8: 1}[s.elem]
 	n, _ := elementCount(s.dims)
 	if s.length != int64(n)*width {
 		return fmt.Errorf("weight %s has %d bytes and its shape %v means %d", name, s.length, s.dims, int64(n)*width)
@@ -115,6 +117,20 @@ func (w *weightsWriter) put(name string, v []float32, dims ...int) error {
 		return err
 	}
 	if err := w.floats(name, v); err != nil {
+		return err
+	}
+	return w.end(name)
+}
+
+// putQuantised writes a quantised matrix with rows of inner numbers.
+func (w *weightsWriter) putQuantised(name string, v []byte, inner int, dims ...int) error {
+	if err := w.begin(name, onnxUint8, dims...); err != nil {
+		return err
+	}
+	s := w.all[name]
+	s.inner = inner
+	w.all[name] = s
+	if err := w.write(v); err != nil {
 		return err
 	}
 	return w.end(name)
