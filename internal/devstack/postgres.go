@@ -96,6 +96,9 @@ func (p *postgres) dataVersion() (int, error) {
 		}
 		return 0, nil
 	}
+	if errors.Is(err, fs.ErrPermission) {
+		return 0, corpus.Wrap(corpus.Conflict, "data_dir_foreign", "the database in "+p.data+" belongs to another user; start Lockstep as the user that made it, or choose another directory with --data-dir", err)
+	}
 	if err != nil {
 		return 0, err
 	}
@@ -170,7 +173,7 @@ func (p *postgres) initialise(ctx context.Context) error {
 	}
 	data := filepath.Join(work, "data")
 	err := runTool(ctx, p.command("initdb", "-D", data, "-U", pgUser, "--pwfile="+secret,
-		"--auth=scram-sha-256", "--encoding=UTF8", "--locale=C"))
+		"--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--data-checksums"))
 	if err != nil {
 		return errors.Join(err, os.RemoveAll(work))
 	}
