@@ -117,7 +117,7 @@ func (b *batch) like(ctx context.Context, coll corpus.Collection, ix corpus.Inde
 	var ask []corpus.ID
 	for i := range doc.Chunks {
 		c := &doc.Chunks[i]
-		q.exclude = append(q.exclude, c.ID)
+		q.leaveOut([]corpus.ID{c.ID})
 		if c.Vectors != nil && c.Vectors.Heads().Has(q.heads) {
 			all = append(all, c.Vectors)
 		} else {

@@ -26,7 +26,8 @@ func plan(req *corpus.SearchRequest, coll corpus.Collection, ix corpus.Index, mo
 	fault := func(pointer, code, format string, args ...any) {
 		bad = append(bad, corpus.FieldError{Pointer: pointer, Code: code, Detail: fmt.Sprintf(format, args...)})
 	}
-	q := &query{req: req, filter: req.Filter, live: map[corpus.ID]*corpus.JoinedChunk{}, junk: map[corpus.ID]bool{}}
+	q := &query{req: req, filter: req.Filter, live: map[corpus.ID]*corpus.JoinedChunk{}, junk: map[corpus.ID]bool{},
+		excluded: map[corpus.ID]bool{}}
 
 	limit := req.Limit
 	if limit == 0 {
@@ -178,7 +179,10 @@ func (q *query) planLists() {
 		}
 		q.lists = []*list{newList(q.heads, depth)}
 		if t := q.req.ScoreThreshold; t != nil {
-			q.lists[0].threshold = t
+			// The index compares in float32, and drops what only meets its threshold: ask a hair
+			// more, and decide here.
+			below := float64(math.Nextafter32(float32(*t), float32(math.Inf(-1))))
+			q.lists[0].threshold = &below
 		}
 		return
 	}

@@ -20,8 +20,9 @@ type query struct {
 	// self is the document that Like names; its own chunks are no answer.
 	self corpus.ID
 
-	lists   []*list
-	exclude []corpus.ID
+	lists    []*list
+	exclude  []corpus.ID
+	excluded map[corpus.ID]bool // the same, as a set
 
 	// What the last join left. live holds the candidates that may be shown, junk the others.
 	live     map[corpus.ID]*corpus.JoinedChunk
@@ -204,15 +205,16 @@ func (q *query) widen() {
 			}
 		}
 	}
-	known := make(map[corpus.ID]bool, len(q.exclude))
-	for _, id := range q.exclude {
-		known[id] = true
-	}
 	for id := range q.junk {
-		if len(q.exclude) >= maxExclude {
-			break
-		}
-		if !known[id] {
+		q.leaveOut([]corpus.ID{id})
+	}
+}
+
+// leaveOut keeps ids out of the next answers of the index.
+func (q *query) leaveOut(ids []corpus.ID) {
+	for _, id := range ids {
+		if !q.excluded[id] && len(q.exclude) < maxExclude {
+			q.excluded[id] = true
 			q.exclude = append(q.exclude, id)
 		}
 	}

@@ -285,12 +285,12 @@ func (b *batch) rounds(ctx context.Context, coll corpus.Collection, ix corpus.In
 // round does one query and one join for all open queries, and reports whether any is still open.
 func (b *batch) round(ctx context.Context, coll corpus.Collection, ix corpus.Index, queries []*query, t *timings) (bool, error) {
 	var asks []corpus.IndexQuery
+	var askers []*query
 	var lists []*list
 	for _, q := range queries {
 		for _, l := range q.lists {
 			if !q.done && !l.settled {
-				asks = append(asks, q.ask(l, b.cfg.Exact))
-				lists = append(lists, l)
+				asks, askers, lists = append(asks, q.ask(l, b.cfg.Exact)), append(askers, q), append(lists, l)
 			}
 		}
 	}
@@ -301,11 +301,11 @@ func (b *batch) round(ctx context.Context, coll corpus.Collection, ix corpus.Ind
 		if err != nil {
 			return false, b.indexError(ctx, err)
 		}
-		var broken []corpus.ID
 		for i, l := range lists {
-			broken = append(broken, l.take(answers[i])...)
+			broken := l.take(answers[i])
+			askers[i].leaveOut(broken)
+			b.hint(ix, broken)
 		}
-		b.hint(ix, broken)
 	}
 
 	join := corpus.JoinRequest{Collection: coll.ID, Name: coll.Name, Index: ix.ID}

@@ -15,11 +15,10 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
-	"github.com/lockstep-db/lockstep/embedder/fake"
 	"github.com/lockstep-db/lockstep/internal/corpus"
 )
 
-func oneDocument(t *testing.T) (*world, *fake.Embedder) {
+func oneDocument(t *testing.T) (*world, grid) {
 	w, e := newWorld(allHeads)
 	w.put(t, e, "doc", corpus.Metadata{"lang": "en"}, "alpha beta", "gamma delta", "epsilon zeta")
 	return w, e

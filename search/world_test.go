@@ -62,10 +62,34 @@ type wpoint struct {
 	metadata corpus.Metadata
 }
 
+// grid is an embedder whose values are multiples of 1/32, so that dot products are exact in
+// float32 and in float64: a brute force finds the very scores an index finds, ties included.
+type grid struct{ *fake.Embedder }
+
+func (g grid) Embed(ctx context.Context, req corpus.EmbedRequest) ([]corpus.Embedding, error) {
+	out, err := g.Embedder.Embed(ctx, req)
+	round := func(row []float32) {
+		for i := range row {
+			row[i] = float32(math.Round(float64(row[i])*32) / 32)
+		}
+	}
+	for i := range out {
+		v := &out[i].Vectors
+		round(v.Dense)
+		if v.Sparse != nil {
+			round(v.Sparse.Values)
+		}
+		for _, row := range v.ColBERT {
+			round(row)
+		}
+	}
+	return out, err
+}
+
 const allHeads = corpus.Dense | corpus.SparseHead | corpus.ColBERT
 
-func newWorld(heads corpus.Heads) (*world, *fake.Embedder) {
-	model := fake.New(16, heads)
+func newWorld(heads corpus.Heads) (*world, grid) {
+	model := grid{fake.New(16, heads)}
 	spec := model.Spec()
 	w := &world{
 		coll: corpus.Collection{ID: corpus.ID{1}, Name: "kb", Settings: corpus.Settings{Vectors: heads,
@@ -330,7 +354,7 @@ func (w *world) delete(d *wdoc) {
 
 // randomWorld holds documents in all states, and an index that is out of step with them:
 // orphans nobody knows, dead points, points of versions that wait, missing ones, stale metadata.
-func randomWorld(t testing.TB, r *rand.Rand, heads corpus.Heads) (*world, *fake.Embedder) {
+func randomWorld(t testing.TB, r *rand.Rand, heads corpus.Heads) (*world, grid) {
 	w, e := newWorld(heads)
 	junk := r.IntN(4) // how much of it
 	langs := []string{"en", "de", "fr"}

@@ -1,0 +1,196 @@
+package search
+
+import (
+	"context"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/lockstep-db/lockstep/internal/corpus"
+	"github.com/lockstep-db/lockstep/store/qdrant"
+	"github.com/lockstep-db/lockstep/store/qdrantlocal"
+)
+
+// EnvQdrant names a Qdrant server to test against besides the embedded one.
+const EnvQdrant = "QDRANT_URL"
+
+// indexes returns the servers that the exactness tests run against: the embedded one always,
+// a real one where QDRANT_URL names it or qdrant is on the PATH.
+func indexes(t *testing.T) map[string]*qdrant.Client {
+	t.Helper()
+	urls := map[string]string{"embedded": embedded(t)}
+	if u := os.Getenv(EnvQdrant); u != "" {
+		urls["server"] = u
+	} else if path, err := exec.LookPath("qdrant"); err == nil {
+		urls["server"] = child(t, path)
+	}
+	out := map[string]*qdrant.Client{}
+	for name, url := range urls {
+		c, err := qdrant.Open(t.Context(), qdrant.Config{URL: url, APIKey: os.Getenv("QDRANT_API_KEY"), Registerer: prometheus.NewRegistry()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.SetOwner(corpus.ID{0xaa})
+		t.Cleanup(func() {
+			if err := c.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+		out[name] = c
+	}
+	return out
+}
+
+func embedded(t *testing.T) string {
+	t.Helper()
+	s, err := qdrantlocal.Open(t.TempDir(), qdrantlocal.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := s.Serve(l); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+		wg.Wait()
+	})
+	return "http://" + l.Addr().String()
+}
+
+// child runs a Qdrant server for one test and waits until it answers.
+func child(t *testing.T, path string) string {
+	t.Helper()
+	var ports [2]string
+	for i := range ports {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, ports[i], _ = net.SplitHostPort(l.Addr().String())
+		if err := l.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dir := t.TempDir()
+	cmd := exec.Command(path)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "QDRANT__STORAGE__STORAGE_PATH="+filepath.Join(dir, "storage"),
+		"QDRANT__STORAGE__SNAPSHOTS_PATH="+filepath.Join(dir, "snapshots"), "QDRANT__SERVICE__HOST=127.0.0.1",
+		"QDRANT__SERVICE__GRPC_PORT="+ports[0], "QDRANT__SERVICE__HTTP_PORT="+ports[1], "QDRANT__TELEMETRY_DISABLED=true")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	url := "http://127.0.0.1:" + ports[0]
+	c, err := qdrant.Open(t.Context(), qdrant.Config{URL: url, Registerer: prometheus.NewRegistry()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = c.Close() }()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	for c.Ping(ctx) != nil {
+		if ctx.Err() != nil {
+			t.Fatal("qdrant does not answer")
+		}
+	}
+	return url
+}
+
+// realIndex is a world whose points lie in a server.
+type realIndex struct {
+	*world
+	client *qdrant.Client
+}
+
+func (r realIndex) QueryBatch(ctx context.Context, ix corpus.Index, q []corpus.IndexQuery) ([][]corpus.Candidate, error) {
+	return r.client.QueryBatch(ctx, ix, q)
+}
+
+func (r realIndex) ReadPoints(ctx context.Context, ix corpus.Index, ids []corpus.ID, v bool) ([]corpus.PointState, error) {
+	return r.client.ReadPoints(ctx, ix, ids, v)
+}
+
+// fill creates the world's index on a server and writes all of its points, junk included.
+func (w *world) fill(t *testing.T, c *qdrant.Client, r *rand.Rand) {
+	t.Helper()
+	for i := range w.ix.ID {
+		w.ix.ID[i] = byte(r.Uint32())
+	}
+	w.ix.QdrantName = qdrant.Prefix + "search_test_" + w.ix.ID.String()
+	w.ix.Salt = w.ix.ID
+	w.ix.Layout.Fields = w.coll.Settings.Fields
+	if err := c.CreateIndex(t.Context(), w.ix); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.DropIndex(context.Background(), w.ix); err != nil {
+			t.Error(err)
+		}
+	})
+	var points []corpus.Point
+	for id, p := range w.points {
+		points = append(points, corpus.Point{ID: id, Vectors: p.vectors, Payload: corpus.Payload{
+			Owner: corpus.ID{0xaa}, Gen: 1, MetaVersion: 1, Metadata: p.metadata,
+			Bucket: corpus.Bucket(w.ix.Salt, id), Checksum: corpus.ChecksumVectors(&p.vectors, ""),
+		}})
+	}
+	if len(points) > 0 {
+		if err := c.InsertPoints(t.Context(), w.ix, points); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestExactOnServers: every mode, with groups, offsets, filters, thresholds and batches,
+// answers through the client and a server what the brute force answers, whatever junk lies
+// in the index.
+func TestExactOnServers(t *testing.T) {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	for name, client := range indexes(t) {
+		t.Run(name, func(t *testing.T) {
+			r := rand.New(rand.NewPCG(seed, 0))
+			for range 10 {
+				w, e := randomWorld(t, r, allHeads)
+				w.fill(t, client, r)
+				s := New(w, realIndex{w, client}, e, w, Config{Exact: true}, prometheus.NewRegistry())
+				var reqs []corpus.SearchRequest
+				for range 12 {
+					req := randomRequest(r)
+					reqs = append(reqs, req)
+					got, err := s.Search(t.Context(), req)
+					if err != nil {
+						t.Fatalf("%+v: %v", req, err)
+					}
+					v := embed(t, e, req.Query, allHeads)
+					compare(t, w, req, got, w.bruteForce(req, &v))
+				}
+				many, err := s.SearchBatch(t.Context(), reqs)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for i, got := range many {
+					v := embed(t, e, reqs[i].Query, allHeads)
+					compare(t, w, reqs[i], got, w.bruteForce(reqs[i], &v))
+				}
+			}
+		})
+	}
+}
