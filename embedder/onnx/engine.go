@@ -28,18 +28,32 @@ type Config struct {
 	DeviceMemory int64
 }
 
-// Engine is one model, loaded: a tokenizer and a graph. It is safe for concurrent use; runs
+// Engine is one model, loaded: a tokenizer and its graphs. It is safe for concurrent use; runs
 // that overlap share the device.
 type Engine struct {
 	*Tokenizer
 	manifest *model.Manifest
 	spec     corpus.ModelSpec
-	session  *session
-	form     string
+	// main runs every batch; long, where the model has it, those of long texts.
+	main, long *graph
+	// close frees graphs, tokenizer and library once, in this order.
+	close func() error
+}
+
+// graph is one of the model's graphs, loaded.
+type graph struct {
+	*session
+	form string
 	// gated is true for graphs that are told which heads to compute.
 	gated bool
-	// close frees session, tokenizer and library once, in this order.
-	close func() error
+}
+
+// close frees the graph if there is one.
+func (g *graph) close() error {
+	if g == nil {
+		return nil
+	}
+	return g.session.close()
 }
 
 // Open loads the model. The caller closes the engine. It blocks for as long as reading the
@@ -56,13 +70,13 @@ func Open(cfg Config) (*Engine, error) {
 		class, device = model.DeviceCUDA, "cuda:"+strconv.Itoa(cfg.DeviceID)
 		sc.cuda, sc.cudaOptions = true, cudaOptions(cfg.DeviceID, cfg.DeviceMemory)
 	}
-	graph, ok := pickGraph(manifest, class)
-	if !ok {
+	main, long := pickGraphs(manifest, class)
+	if main == nil {
 		return nil, corpus.Errorf(corpus.Invalid, "model_device", "the model in %s was built in %s, which has no graph for %s: build it again for that device",
 			cfg.ModelDir, manifest.Precision, class)
 	}
 
-	e := &Engine{manifest: manifest, spec: manifest.Spec(device), form: graph.Form, gated: slices.Contains(graph.Inputs, model.InputHeads)}
+	e := &Engine{manifest: manifest, spec: manifest.Spec(device)}
 	var closers []func() error
 	e.close = sync.OnceValue(func() error {
 		var err error
@@ -79,9 +93,14 @@ func Open(cfg Config) (*Engine, error) {
 			return t.Close, err
 		},
 		func() (func() error, error) {
-			s, err := openSession(manifest.Path(graph.File), sc)
-			e.session = s
-			return s.close, err
+			g, err := openGraph(manifest, main, sc)
+			e.main = g
+			return g.close, err
+		},
+		func() (func() error, error) {
+			g, err := openGraph(manifest, long, sc)
+			e.long = g
+			return g.close, err
 		},
 	} {
 		closer, err := open()
@@ -97,14 +116,34 @@ func Open(cfg Config) (*Engine, error) {
 	return e, nil
 }
 
-// pickGraph returns the first graph of the device class in a form that Run can feed.
-func pickGraph(m *model.Manifest, class string) (model.Graph, bool) {
-	for _, g := range m.Graphs {
+// pickGraphs returns the first graph of the device class in a form that runs any batch, and the
+// one for long texts beside a packed one; nil where there is none.
+func pickGraphs(m *model.Manifest, class string) (main, long *model.Graph) {
+	for i, g := range m.Graphs {
 		if g.Device == class && (g.Form == model.Padded || g.Form == model.Packed) {
-			return g, true
+			main = &m.Graphs[i]
+			break
 		}
 	}
-	return model.Graph{}, false
+	if main == nil || main.Form != model.Packed {
+		return main, nil
+	}
+	if g, ok := m.Graph(class, model.PaddedLengths); ok {
+		long = &g
+	}
+	return main, long
+}
+
+// openGraph loads one graph of the model, or nothing if there is none.
+func openGraph(m *model.Manifest, g *model.Graph, sc sessionConfig) (*graph, error) {
+	if g == nil {
+		return nil, nil
+	}
+	s, err := openSession(m.Path(g.File), sc)
+	if err != nil {
+		return nil, err
+	}
+	return &graph{session: s, form: g.Form, gated: slices.Contains(g.Inputs, model.InputHeads)}, nil
 }
 
 // Close waits for calls in flight and frees everything. It may be called again.
@@ -114,7 +153,7 @@ func (e *Engine) Close() error { return e.close() }
 func (e *Engine) Spec() corpus.ModelSpec { return e.spec }
 
 // Padded reports whether a batch costs its longest row times its rows, rather than its tokens.
-func (e *Engine) Padded() bool { return e.form != model.Packed }
+func (e *Engine) Padded() bool { return e.main.form != model.Packed }
 
 // Run embeds rows of token ids, special tokens included, and returns the heads asked for, one
 // result a row. The results are the caller's; those of one call share memory. It blocks until
@@ -144,17 +183,15 @@ func (e *Engine) Run(rows [][]uint32, heads corpus.Heads) ([]corpus.Vectors, err
 }
 
 func (e *Engine) runBatch(b batch) ([]corpus.Vectors, error) {
-	var inputs []input
-	var out outputs
-	if e.form == model.Packed {
-		inputs, out = e.packed(b)
-	} else {
-		inputs, out = e.padded(b)
+	g := e.main
+	if e.long != nil && b.isLong() {
+		g = e.long
 	}
-	if e.gated {
+	inputs, out := e.tensors(b, g.form)
+	if g.gated {
 		inputs = append(inputs, input{name: model.InputHeads, shape: ort.NewShape(1), data: []int32{int32(b.heads)}})
 	}
-	if err := e.session.run(inputs, out.bound()); err != nil {
+	if err := g.run(inputs, out.bound()); err != nil {
 		return nil, err
 	}
 	return e.results(b, out), nil

@@ -113,7 +113,7 @@ func TestPackedPlaces(t *testing.T) {
 	t.Parallel()
 	e := openEngine(t, handModel(t, model.Packed, packedGraph(), nil))
 	rows := [][]uint32{{0, 7, 2}, {9}, {0, 2}}
-	inputs, _ := e.packed(batch{rows: rows, heads: corpus.Dense, longest: 3, tokens: 6})
+	inputs, _ := e.tensors(batch{rows: rows, heads: corpus.Dense, longest: 3, tokens: 6}, model.Packed)
 	want := map[string][]int32{
 		model.InputIDs:         {0, 7, 2, 9, 0, 2},
 		model.InputPositions:   {2, 3, 4, 2, 2, 3},
@@ -130,7 +130,7 @@ func TestPackedPlaces(t *testing.T) {
 func TestLargeBatchesAreCut(t *testing.T) {
 	t.Parallel()
 	lengths := func(form string, rows ...int) [][]int {
-		e := &Engine{form: form, manifest: &model.Manifest{AttentionHeads: 16}}
+		e := &Engine{main: &graph{form: form}, manifest: &model.Manifest{AttentionHeads: 16}}
 		in := make([][]uint32, len(rows))
 		for i, n := range rows {
 			in[i] = make([]uint32, n)
@@ -169,12 +169,53 @@ func TestLargeBatchesAreCut(t *testing.T) {
 func TestPaddingIsThePaddingToken(t *testing.T) {
 	t.Parallel()
 	e := openEngine(t, handModel(t, model.Padded, paddedGraph(), nil))
-	inputs, _ := e.padded(batch{rows: [][]uint32{{9}, {0, 7, 2}}, heads: corpus.Dense, longest: 3, tokens: 4})
+	inputs, _ := e.tensors(batch{rows: [][]uint32{{9}, {0, 7, 2}}, heads: corpus.Dense, longest: 3, tokens: 4}, model.Padded)
 	if want := []int32{9, 1, 1, 0, 7, 2}; !slices.Equal(inputs[0].data, want) {
 		t.Errorf("ids %v, expected %v", inputs[0].data, want)
 	}
 	if want := []int32{1, 0, 0, 1, 1, 1}; !slices.Equal(inputs[1].data, want) {
 		t.Errorf("mask %v, expected %v", inputs[1].data, want)
+	}
+}
+
+// TestLongTextsTakeTheirGraph runs a model with a packed graph and one for long texts, which
+// give different numbers here, so that results tell which one ran.
+func TestLongTextsTakeTheirGraph(t *testing.T) {
+	t.Parallel()
+	dir := handModel(t, model.Packed, packedGraph(), func(m *model.Manifest) {
+		m.MaxTokens = 8192
+		m.Graphs = append(m.Graphs, model.Graph{File: "long.onnx", Device: model.DeviceCPU, Form: model.PaddedLengths})
+	}, handFile{"long.onnx", lengthsGraph()})
+	e := openEngine(t, dir)
+	if e.Padded() {
+		t.Error("a packed model says that it pads")
+	}
+	row := func(n int) []uint32 { return slices.Repeat([]uint32{7}, n) }
+	for _, c := range []struct {
+		name  string
+		rows  [][]uint32
+		dense []float32 // the first number: 7 from the packed graph, the text's length from the other
+	}{
+		{"short", [][]uint32{row(3), row(100)}, []float32{7, 7}},
+		{"long", [][]uint32{row(8192), row(8000), row(7700)}, []float32{8192, 8000, 7700}},
+		{"long, rounded up to the maximum", [][]uint32{row(8190)}, []float32{8190}},
+		{"one is short", [][]uint32{row(8192), row(4095)}, []float32{7, 7}},
+		{"too ragged", [][]uint32{row(8192), row(4096)}, []float32{7, 7}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			got, err := e.Run(c.rows, allHeads)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for i, v := range got {
+				if v.Dense[0] != c.dense[i] {
+					t.Errorf("row %d: dense %v, expected %v first", i, v.Dense, c.dense[i])
+				}
+				if len(v.ColBERT) != len(c.rows[i])-1 {
+					t.Errorf("row %d: %d token vectors for %d tokens", i, len(v.ColBERT), len(c.rows[i]))
+				}
+			}
+		})
 	}
 }
 
@@ -325,16 +366,16 @@ func TestAFailedRunHarmsNothing(t *testing.T) {
 	t.Parallel()
 	e := openEngine(t, handModel(t, model.Padded, paddedGraph(), nil))
 	bad := []input{intInput("input_ids", []int32{1, 2}, 1, 2), intInput("attention_mask", []int32{1, 1, 1}, 1, 3)}
-	if err := e.session.run(bad, []output{newOutput("dense", 1, 2)}); corpus.CodeOf(err) != "embedding_failed" {
+	if err := e.main.run(bad, []output{newOutput("dense", 1, 2)}); corpus.CodeOf(err) != "embedding_failed" {
 		t.Errorf("shapes that do not fit: %v", err)
 	}
 	good := []input{intInput("input_ids", []int32{1, 2}, 1, 2), intInput("attention_mask", []int32{1, 1}, 1, 2)}
 	for name, out := range map[string]output{"unknown name": newOutput("nonsense", 1, 2), "wrong shape": newOutput("dense", 2, 2)} {
-		if err := e.session.run(good, []output{out}); err == nil {
+		if err := e.main.run(good, []output{out}); err == nil {
 			t.Errorf("%s: no error", name)
 		}
 	}
-	if err := e.session.run([]input{{name: "input_ids", shape: []int64{1, 2}, data: []int32{1}}}, nil); err == nil {
+	if err := e.main.run([]input{{name: "input_ids", shape: []int64{1, 2}, data: []int32{1}}}, nil); err == nil {
 		t.Error("a tensor shorter than its shape: no error")
 	}
 	if _, err := e.Run(handRows, allHeads); err != nil {

@@ -170,9 +170,37 @@ func packedGraph() []byte {
 	})
 }
 
+// lengthsGraph is the form for long texts: dense is (the text's length, 10 * the same), the
+// other heads are as in the padded form, without its mask.
+func lengthsGraph() []byte {
+	return onnxModel([][]byte{
+		node("Cast", []string{"input_ids"}, []string{"ids"}, map[string]int64{"to": onnxFloat}),
+		node("Cast", []string{"sequence_lengths"}, []string{"lengths"}, map[string]int64{"to": onnxFloat}),
+		node("Unsqueeze", []string{"lengths", "axis1"}, []string{"length_column"}, nil),
+		node("MatMul", []string{"length_column", "one_ten"}, []string{"dense"}, nil),
+		node("Mul", []string{"ids", "half"}, []string{"sparse"}, nil),
+		node("Slice", []string{"ids", "axis1", "end", "axis1"}, []string{"rest"}, nil),
+		node("Unsqueeze", []string{"rest", "axis2"}, []string{"column"}, nil),
+		node("MatMul", []string{"column", "one_minus"}, []string{"colbert"}, nil),
+	}, [][]byte{
+		ints("axis1", 1), ints("axis2", 2), ints("end", math.MaxInt32), floats("half", []int64{1}, 0.5),
+		floats("one_ten", []int64{1, 2}, 1, 10), floats("one_minus", []int64{1, 2}, 1, -1),
+	}, [][]byte{
+		value("input_ids", onnxInt32, "B", "S"), value("sequence_lengths", onnxInt32, "B"),
+	}, [][]byte{
+		value("dense", onnxFloat, "B", "D"), value("sparse", onnxFloat, "B", "S"), value("colbert", onnxFloat, "B", "R", "C"),
+	})
+}
+
+// handFile is one more file of a hand-made model.
+type handFile struct {
+	name    string
+	content []byte
+}
+
 // handModel writes a built model's folder around a graph, with the small Unigram tokenizer,
 // and lets change touch the manifest.
-func handModel(tb testing.TB, form string, graph []byte, change func(*model.Manifest)) string {
+func handModel(tb testing.TB, form string, graph []byte, change func(*model.Manifest), more ...handFile) string {
 	tb.Helper()
 	dir := tb.TempDir()
 	tokenizer, err := os.ReadFile(filepath.Join("testdata", "unigram.json"))
@@ -187,12 +215,12 @@ func handModel(tb testing.TB, form string, graph []byte, change func(*model.Mani
 		Special: model.SpecialTokens{CLS: 0, SEP: 2, Pad: 1, Unk: 3, Mask: -1},
 		Graphs:  []model.Graph{{File: "model.onnx", Device: model.DeviceCPU, Form: form}},
 	}
-	for name, content := range map[string][]byte{"model.onnx": graph, model.TokenizerFile: tokenizer} {
-		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
+	for _, f := range append(more, handFile{"model.onnx", graph}, handFile{model.TokenizerFile, tokenizer}) {
+		if err := os.WriteFile(filepath.Join(dir, f.name), f.content, 0o600); err != nil {
 			tb.Fatal(err)
 		}
-		sum := sha256.Sum256(content)
-		m.Files = append(m.Files, model.File{Name: name, Size: int64(len(content)), SHA256: hex.EncodeToString(sum[:])})
+		sum := sha256.Sum256(f.content)
+		m.Files = append(m.Files, model.File{Name: f.name, Size: int64(len(f.content)), SHA256: hex.EncodeToString(sum[:])})
 	}
 	if change != nil {
 		change(m)

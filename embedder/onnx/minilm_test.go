@@ -237,7 +237,7 @@ func TestMemoryIsFlatOverVaryingShapes(t *testing.T) {
 		seed      = 5
 		budget    = 2048 // padded tokens a batch, the order of the batcher's default
 		warm      = 20
-		runs      = 120
+		runs      = 80
 		allowance = 64 << 20
 	)
 	rng := rand.New(rand.NewPCG(seed, seed))
