@@ -305,19 +305,15 @@ type pgBundle struct {
 	script *Script
 	clock  *Clock
 	direct *pgx.Conn
-	config *pgx.ConnConfig // through the proxy
+	dsn    string // through the proxy
 }
 
 func setupPostgres(t *testing.T) *pgBundle {
 	t.Helper()
 	direct := pgtest.New(t)
-	cfg, err := pgx.ParseConfig(direct)
-	if err != nil {
-		t.Fatal(err)
-	}
 	b := &pgBundle{script: NewScript(), clock: NewClock(time.Unix(0, 0))}
-	_, upstream := pgconn.NetworkAddress(cfg.Host, cfg.Port)
-	if b.proxy, err = NewPostgres(upstream, b.script, b.clock); err != nil {
+	var err error
+	if b.proxy, b.dsn, err = NewPostgresURL(direct, b.script, b.clock); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -325,9 +321,6 @@ func setupPostgres(t *testing.T) *pgBundle {
 			t.Error(err)
 		}
 	})
-	b.config = cfg.Copy()
-	addr := b.proxy.listener.Addr().(*net.TCPAddr)
-	b.config.Host, b.config.Port = addr.IP.String(), uint16(addr.Port)
 	if b.direct, err = pgx.Connect(t.Context(), direct); err != nil {
 		t.Fatal(err)
 	}
@@ -344,7 +337,7 @@ func setupPostgres(t *testing.T) *pgBundle {
 
 func (b *pgBundle) connect(t *testing.T) *pgx.Conn {
 	t.Helper()
-	c, err := pgx.ConnectConfig(t.Context(), b.config)
+	c, err := pgx.Connect(t.Context(), b.dsn)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2,12 +2,15 @@ package faults
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"net/url"
+	"path"
 	"strings"
 	"sync"
 	"time"
@@ -70,6 +73,30 @@ func NewPostgres(upstream string, plan Plan, clock *Clock) (*Postgres, error) {
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.wg.Go(p.accept)
 	return p, nil
+}
+
+// NewPostgresURL starts a proxy in front of the server that a postgres:// URL names, and
+// returns the URL that leads through it.
+func NewPostgresURL(dsn string, plan Plan, clock *Clock) (*Postgres, string, error) {
+	u, err := url.Parse(dsn)
+	if err != nil || u.Scheme != "postgres" && u.Scheme != "postgresql" {
+		return nil, "", errors.New("faults: not a postgres:// URL") // without the URL: it may hold a password
+	}
+	q := u.Query()
+	host, port := cmp.Or(q.Get("host"), u.Hostname(), "127.0.0.1"), cmp.Or(q.Get("port"), u.Port(), "5432")
+	upstream := net.JoinHostPort(host, port)
+	if strings.HasPrefix(host, "/") {
+		upstream = path.Join(host, ".s.PGSQL."+port)
+	}
+	p, err := NewPostgres(upstream, plan, clock)
+	if err != nil {
+		return nil, "", err
+	}
+	q.Del("host")
+	q.Del("port")
+	q.Set("sslmode", "disable")
+	u.Host, u.RawQuery = p.Addr(), q.Encode()
+	return p, u.String(), nil
 }
 
 // Addr is host:port of the proxy.

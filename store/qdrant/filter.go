@@ -56,7 +56,9 @@ func quoted(part string) (string, bool) {
 }
 
 // translate turns the contract's filter into Qdrant's, with the meaning of
-// [corpus.Filter.Matches], and adds the points to leave out. nil means no filter.
+// [corpus.Filter.Matches], and adds the points to leave out. nil means no filter. One
+// difference remains: of a declared field, a server's index knows only values of the declared
+// type, so that others (a fraction in an integer field) are found by nobody.
 func translate(f *corpus.Filter, fields map[string]corpus.FieldType, exclude []corpus.ID) (*qc.Filter, error) {
 	var out *qc.Filter
 	if !f.Empty() {
