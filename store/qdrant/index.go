@@ -174,7 +174,7 @@ func payloadIndexes(l corpus.Layout) map[string]fieldIndex {
 		})}
 	}
 	out := map[string]fieldIndex{
-		corpus.KeyBucket:      own(true, false),
+		corpus.KeyBucket:      own(true, true), // looked up by number, and bounded to find what no bucket counts
 		corpus.KeyGen:         own(false, true),
 		corpus.KeyMetaVersion: own(false, true),
 		corpus.KeyOwner: {qc.FieldType_FieldTypeUuid, qc.PayloadSchemaType_Uuid, qc.NewPayloadIndexParamsUUID(&qc.UuidIndexParams{
