@@ -142,7 +142,7 @@ CREATE TABLE index_entries (
     lease_token     uuid,
     lease_until     timestamptz,
     attempts        integer NOT NULL DEFAULT 0,
-    not_before      timestamptz NOT NULL DEFAULT '-infinity',
+    not_before      timestamptz NOT NULL DEFAULT now(),
     last_error      text,
     -- Dead entries: when the point was first read absent; the purge reads once more.
     absent_at       timestamptz,

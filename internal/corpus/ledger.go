@@ -11,6 +11,10 @@ type LiveIndex struct {
 	Ready bool
 	// Stopped: evidence of a rollback stands, and no delete may run in the collection.
 	Stopped bool
+	// Oldest is since when an entry has been due for work, zero if none is.
+	Oldest time.Time
+	// Dead: points wait for their deletion.
+	Dead bool
 }
 
 // PreparedChunk is a chunk as the ledger accepts it.
@@ -59,7 +63,7 @@ type Accepted struct {
 	Serving int64
 	// PointIDs of the target version, in order.
 	PointIDs []ID
-	// NewChunks that have to be embedded.
+	// NewChunks that have to be embedded; those whose vectors were brought are not among them.
 	NewChunks int
 }
 
@@ -73,7 +77,9 @@ type Lease struct {
 // Entry is one claimed unit of work: a chunk in an index that does not yet hold what it should.
 type Entry struct {
 	Chunk, Document ID
-	Gen             int64
+	// Token of the lease under which it was claimed.
+	Token ID
+	Gen   int64
 	// WantMeta is the meta_version the point should hold, Metadata what belongs to it. The map
 	// is shared among entries and never changed.
 	WantMeta int64
@@ -102,12 +108,14 @@ const (
 	EntryRetry
 	// EntryGivenUp: it can never work as it is; it is settled as failed and reported.
 	EntryGivenUp
+	// EntryRewrite: the point is not what the ledger believed; it is to be written whole.
+	EntryRewrite
 )
 
 // EntryResult reports one claimed entry back to the ledger.
 type EntryResult struct {
-	Chunk, Document ID
-	Outcome         EntryOutcome
+	Chunk, Document, Token ID
+	Outcome                EntryOutcome
 	// Meta is the meta_version the point holds (EntryDone).
 	Meta int64
 	// Delay before the next try; Blameless retries do not count as attempts.

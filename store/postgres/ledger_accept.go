@@ -18,9 +18,9 @@ import (
 const maxIncarnationTries = 1000
 
 // Unchanged compares documents with their target versions without taking a lock, so that a
-// corpus that did not change is ingested again at the speed of one read. Documents that may
-// need more than that (another content or metadata, a deleted or unknown document, a failed
-// entry) come back as NeedsChunks. The answers are in the order of docs.
+// corpus that did not change is ingested again at the speed of one read. The answers, in the
+// order of docs, are Unchanged; NewMetadata where the content is equal but something is to be
+// done under the lock (other metadata, failed entries to try again); or NeedsChunks.
 func (s *Store) Unchanged(ctx context.Context, collection corpus.ID, docs []corpus.PreparedDocument) ([]corpus.Accepted, error) {
 	ids := make([]corpus.ID, len(docs))
 	hashes := make([][]byte, len(docs))
@@ -33,21 +33,25 @@ func (s *Store) Unchanged(ctx context.Context, collection corpus.ID, docs []corp
 		out[i].Document = ids[i]
 	}
 	rows, err := s.pool.Query(ctx, `
-		SELECT p.ord, d.target_version, coalesce(d.serving_version, 0), v.meta_version, v.chunk_ids
+		SELECT p.ord, d.target_version, coalesce(d.serving_version, 0), v.meta_version, v.chunk_ids,
+			v.metadata = p.metadata::jsonb AND NOT EXISTS (SELECT 1 FROM index_entries e WHERE e.document_id = d.id AND e.state = 'failed')
 		FROM unnest($2::uuid[], $3::bytea[], $4::text[]) WITH ORDINALITY AS p (id, hash, metadata, ord)
 		JOIN documents d ON d.id = p.id AND d.deleted_at IS NULL
-		JOIN document_versions v ON v.document_id = d.id AND v.version = d.target_version
-			AND v.content_hash = p.hash AND v.metadata = p.metadata::jsonb
-		WHERE EXISTS (SELECT 1 FROM collections WHERE id = $1 AND deleted_at IS NULL)
-			AND NOT EXISTS (SELECT 1 FROM index_entries e WHERE e.document_id = d.id AND e.state = 'failed')`,
+		JOIN document_versions v ON v.document_id = d.id AND v.version = d.target_version AND v.content_hash = p.hash
+		WHERE EXISTS (SELECT 1 FROM collections WHERE id = $1 AND deleted_at IS NULL)`,
 		collection, uuids(ids), hashes, metadata)
 	if err != nil {
 		return nil, wrap("comparing documents with the ledger", err)
 	}
 	var ord, target, serving, meta int64
 	var points [][16]byte
-	_, err = pgx.ForEachRow(rows, []any{&ord, &target, &serving, &meta, &points}, func() error {
+	var same bool
+	_, err = pgx.ForEachRow(rows, []any{&ord, &target, &serving, &meta, &points, &same}, func() error {
 		a := &out[ord-1]
+		if !same {
+			a.Acceptance = corpus.NewMetadata
+			return nil
+		}
 		a.Acceptance, a.Version, a.Serving, a.MetaVersion = corpus.Unchanged, target, serving, meta
 		a.PointIDs = fromUUIDs(points)
 		return nil
@@ -207,7 +211,12 @@ func (a *acceptance) run(docs []corpus.PreparedDocument) error {
 		o := &a.out[d.place]
 		*o = corpus.Accepted{
 			Document: d.id, Acceptance: d.outcome, Version: d.version, MetaVersion: d.meta,
-			Serving: d.serving, PointIDs: d.points, NewChunks: len(d.added),
+			Serving: d.serving, PointIDs: d.points,
+		}
+		for _, c := range d.added {
+			if d.in.Chunks[c.ordinal].Vectors == nil {
+				o.NewChunks++
+			}
 		}
 	}
 	return nil
@@ -553,7 +562,7 @@ func (a *acceptance) insertEntries() error {
 			if len(a.work) < a.lease.Max {
 				c := &d.in.Chunks[d.added[j].ordinal]
 				a.work = append(a.work, corpus.Entry{
-					Chunk: d.added[j].id, Document: d.id, Gen: d.gen, WantMeta: d.meta, Metadata: d.in.Metadata,
+					Chunk: d.added[j].id, Document: d.id, Token: a.lease.Token, Gen: d.gen, WantMeta: d.meta, Metadata: d.in.Metadata,
 					Text: c.Text, Vectors: c.Vectors, First: true, Attempts: 1,
 				})
 			}

@@ -126,10 +126,13 @@ func (s *Store) IndexReady(ctx context.Context, index corpus.ID) error {
 	return wrap("recording that an index exists", err)
 }
 
-// Indexes lists the serving and building indexes of all collections, with whether their
-// Qdrant collection is known to exist and whether deletes are stopped in their collection.
+// Indexes lists the serving and building indexes of all collections, each with what there is
+// to do in it.
 func (s *Store) Indexes(ctx context.Context) ([]corpus.LiveIndex, error) {
-	rows, err := s.pool.Query(ctx, "SELECT "+indexColumns+`, c.name, i.ready_at IS NOT NULL, c.stopped_at IS NOT NULL
+	rows, err := s.pool.Query(ctx, "SELECT "+indexColumns+`, c.name, i.ready_at IS NOT NULL, c.stopped_at IS NOT NULL,
+			(SELECT min(e.not_before) FROM index_entries e WHERE e.index_id = i.id AND e.not_before <= now()
+				AND (e.state = 'pending' OR (e.state = 'indexed' AND e.meta_version <> e.want_meta))),
+			EXISTS (SELECT 1 FROM index_entries e WHERE e.index_id = i.id AND e.state = 'dead' AND e.absent_at IS NULL AND e.not_before <= now())
 		FROM indexes i JOIN collections c ON c.id = i.collection_id
 		WHERE i.state IN ('serving', 'building') AND c.deleted_at IS NULL ORDER BY i.id`)
 	if err != nil {
@@ -138,8 +141,12 @@ func (s *Store) Indexes(ctx context.Context) ([]corpus.LiveIndex, error) {
 	out, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (corpus.LiveIndex, error) {
 		var l corpus.LiveIndex
 		var r indexRow
-		if err := row.Scan(append(r.dest(), &l.CollectionName, &l.Ready, &l.Stopped)...); err != nil {
+		var oldest *time.Time
+		if err := row.Scan(append(r.dest(), &l.CollectionName, &l.Ready, &l.Stopped, &oldest, &l.Dead)...); err != nil {
 			return l, err
+		}
+		if oldest != nil {
+			l.Oldest = *oldest
 		}
 		ix, err := r.index()
 		l.Index = ix

@@ -37,7 +37,7 @@ func (s *Store) Claim(ctx context.Context, index corpus.ID, lease corpus.Lease) 
 	var e corpus.Entry
 	var vectors []byte
 	_, err = pgx.ForEachRow(rows, []any{&chunk, &doc, &e.Gen, &e.WantMeta, &e.MetaOnly, &e.Rewrite, &e.First, &e.Attempts, &e.Text, &vectors}, func() error {
-		e.Chunk, e.Document, e.Vectors = chunk, doc, nil
+		e.Chunk, e.Document, e.Token, e.Vectors = chunk, doc, lease.Token, nil
 		if vectors != nil {
 			v, err := corpus.DecodeVectors(vectors)
 			if err != nil {
@@ -119,18 +119,24 @@ func readMetadata(raw []byte) (corpus.Metadata, error) {
 	return out, nil
 }
 
-// Renew extends a lease whose work goes on. It passes over entries that somebody is changing.
-func (s *Store) Renew(ctx context.Context, index corpus.ID, token corpus.ID, chunks []corpus.ID, until time.Duration) error {
+// Renew extends the leases of entries whose work goes on. It passes over entries that somebody
+// is changing.
+func (s *Store) Renew(ctx context.Context, index corpus.ID, entries []corpus.Entry, until time.Duration) error {
+	chunks, tokens := make([][16]byte, len(entries)), make([][16]byte, len(entries))
+	for i := range entries {
+		chunks[i], tokens[i] = entries[i].Chunk, entries[i].Token
+	}
 	_, err := s.pool.Exec(ctx, `UPDATE index_entries e SET lease_until = now() + $4::interval, not_before = now() + $4::interval
-		FROM (SELECT chunk_id FROM index_entries WHERE index_id = $1 AND lease_token = $2 AND chunk_id = ANY ($3::uuid[]) FOR UPDATE SKIP LOCKED) k
-		WHERE e.index_id = $1 AND e.chunk_id = k.chunk_id`, index, token, uuids(chunks), micros(until))
+		FROM (SELECT e.chunk_id FROM unnest($2::uuid[], $3::uuid[]) AS p (id, token)
+			JOIN index_entries e ON e.index_id = $1 AND e.chunk_id = p.id AND e.lease_token = p.token FOR UPDATE OF e SKIP LOCKED) k
+		WHERE e.index_id = $1 AND e.chunk_id = k.chunk_id`, index, chunks, tokens, micros(until))
 	return wrap("renewing a lease", err)
 }
 
 // Settle records what became of claimed entries and, under the same row locks, switches every
 // document whose target version the serving index now holds (P2). Results of a lease that was
 // lost meanwhile change nothing. It returns where the documents stand.
-func (s *Store) Settle(ctx context.Context, ix corpus.Index, token corpus.ID, results []corpus.EntryResult) ([]corpus.DocumentProgress, error) {
+func (s *Store) Settle(ctx context.Context, ix corpus.Index, results []corpus.EntryResult) ([]corpus.DocumentProgress, error) {
 	docs := make([]corpus.ID, len(results))
 	for i := range results {
 		docs[i] = results[i].Document
@@ -145,7 +151,7 @@ func (s *Store) Settle(ctx context.Context, ix corpus.Index, token corpus.ID, re
 		if err != nil {
 			return err
 		}
-		if err := recordResults(ctx, tx, ix.ID, token, results); err != nil {
+		if err := recordResults(ctx, tx, ix.ID, results); err != nil {
 			return err
 		}
 		out, err = switchVersions(ctx, tx, live, standing)
@@ -210,43 +216,47 @@ func lockStanding(ctx context.Context, tx pgx.Tx, docs []corpus.ID) ([]corpus.Do
 	return out, err
 }
 
-func recordResults(ctx context.Context, tx pgx.Tx, index, token corpus.ID, results []corpus.EntryResult) error {
-	var done, retry, failed [][16]byte
-	var metas []int64
-	var delays []string
-	var blameless []bool
-	var retryErrors, failErrors []string
-	for _, r := range results {
-		switch r.Outcome {
-		case corpus.EntryDone:
-			done, metas = append(done, r.Chunk), append(metas, r.Meta)
-		case corpus.EntryRetry:
-			retry, delays = append(retry, r.Chunk), append(delays, micros(r.Delay))
-			blameless, retryErrors = append(blameless, r.Blameless), append(retryErrors, r.Error)
-		case corpus.EntryGivenUp:
-			failed, failErrors = append(failed, r.Chunk), append(failErrors, r.Error)
-		}
+func recordResults(ctx context.Context, tx pgx.Tx, index corpus.ID, results []corpus.EntryResult) error {
+	type column struct {
+		ids, tokens [][16]byte
+		metas       []int64
+		delays      []string
+		blameless   []bool
+		errors      []string
+	}
+	var by [4]column
+	for i := range results {
+		r := &results[i]
+		c := &by[r.Outcome]
+		c.ids, c.tokens, c.metas = append(c.ids, r.Chunk), append(c.tokens, r.Token), append(c.metas, r.Meta)
+		c.delays, c.blameless, c.errors = append(c.delays, micros(r.Delay)), append(c.blameless, r.Blameless), append(c.errors, r.Error)
 	}
 	var b pgx.Batch
-	if len(done) > 0 {
+	// Each statement checks the state besides the token: what was declared dead stays dead.
+	const mine = ` WHERE e.index_id = $1 AND e.chunk_id = p.id AND e.lease_token = p.token AND e.state IN ('pending', 'indexed')`
+	if c := by[corpus.EntryDone]; len(c.ids) > 0 {
 		b.Queue(`UPDATE index_entries e SET state = 'indexed', need = 'insert', meta_version = p.meta, want_meta = greatest(e.want_meta, p.meta),
 				attempts = 0, not_before = now(), lease_token = NULL, lease_until = NULL, last_error = NULL, changed_at = now()
-			FROM unnest($3::uuid[], $4::bigint[]) AS p (id, meta)
-			WHERE e.index_id = $1 AND e.chunk_id = p.id AND e.lease_token = $2 AND e.state IN ('pending', 'indexed')`,
-			index, token, done, metas)
+			FROM unnest($2::uuid[], $3::uuid[], $4::bigint[]) AS p (id, token, meta)`+mine, index, c.ids, c.tokens, c.metas)
 	}
-	if len(retry) > 0 {
+	if c := by[corpus.EntryRetry]; len(c.ids) > 0 {
 		b.Queue(`UPDATE index_entries e SET attempts = CASE WHEN p.blameless THEN greatest(e.attempts - 1, 0) ELSE e.attempts END,
-				not_before = now() + p.delay::interval, lease_token = NULL, lease_until = NULL, last_error = p.error, changed_at = now()
-			FROM unnest($3::uuid[], $4::text[], $5::boolean[], $6::text[]) AS p (id, delay, blameless, error)
-			WHERE e.index_id = $1 AND e.chunk_id = p.id AND e.lease_token = $2 AND e.state IN ('pending', 'indexed')`,
-			index, token, retry, delays, blameless, retryErrors)
+				not_before = now() + p.delay::interval, lease_token = NULL, lease_until = NULL, last_error = nullif(p.error, ''), changed_at = now()
+			FROM unnest($2::uuid[], $3::uuid[], $4::text[], $5::boolean[], $6::text[]) AS p (id, token, delay, blameless, error)`+mine,
+			index, c.ids, c.tokens, c.delays, c.blameless, c.errors)
 	}
-	if len(failed) > 0 {
+	if c := by[corpus.EntryGivenUp]; len(c.ids) > 0 {
 		b.Queue(`UPDATE index_entries e SET state = 'failed', lease_token = NULL, lease_until = NULL, last_error = p.error, changed_at = now()
-			FROM unnest($3::uuid[], $4::text[]) AS p (id, error)
-			WHERE e.index_id = $1 AND e.chunk_id = p.id AND e.lease_token = $2 AND e.state IN ('pending', 'indexed')`,
-			index, token, failed, failErrors)
+			FROM unnest($2::uuid[], $3::uuid[], $4::text[]) AS p (id, token, error)`+mine, index, c.ids, c.tokens, c.errors)
+	}
+	if c := by[corpus.EntryRewrite]; len(c.ids) > 0 {
+		b.Queue(`UPDATE index_entries e SET state = 'pending', need = 'rewrite', meta_version = 0,
+				not_before = now() + p.delay::interval, lease_token = NULL, lease_until = NULL, last_error = nullif(p.error, ''), changed_at = now()
+			FROM unnest($2::uuid[], $3::uuid[], $4::text[], $5::text[]) AS p (id, token, delay, error)`+mine,
+			index, c.ids, c.tokens, c.delays, c.errors)
+	}
+	if b.Len() == 0 {
+		return nil
 	}
 	return tx.SendBatch(ctx, &b).Close()
 }
@@ -359,22 +369,37 @@ func (s *Store) RaiseMetadata(ctx context.Context, collection corpus.ID, seen ma
 		if err != nil {
 			return err
 		}
-		if err := raiseSequence(ctx, tx, highest); err != nil {
+		var known, raised [][16]byte
+		for _, p := range standing {
+			known = append(known, p.Document)
+		}
+		// A change accepted since the point was read may have raised it already.
+		rows, err := tx.Query(ctx, "SELECT document_id, min(meta_version) FROM document_versions WHERE document_id = ANY ($1::uuid[]) GROUP BY 1", known)
+		if err != nil {
 			return err
 		}
-		ids := make([][16]byte, len(standing))
-		for i, p := range standing {
-			ids[i] = p.Document
+		var doc [16]byte
+		var lowest int64
+		if _, err := pgx.ForEachRow(rows, []any{&doc, &lowest}, func() error {
+			if seen[doc] > lowest {
+				raised = append(raised, doc)
+			}
+			return nil
+		}); err != nil || len(raised) == 0 {
+			return err
+		}
+		if err := raiseSequence(ctx, tx, highest); err != nil {
+			return err
 		}
 		// Rows that shared a version hold the same metadata and go on sharing one.
 		if _, err := tx.Exec(ctx, `
 			WITH old AS (SELECT DISTINCT document_id, meta_version FROM document_versions WHERE document_id = ANY ($1::uuid[])),
 			fresh AS (SELECT document_id, meta_version, nextval('gen') AS meta FROM (SELECT * FROM old ORDER BY document_id, meta_version) o)
 			UPDATE document_versions v SET meta_version = f.meta FROM fresh f
-			WHERE v.document_id = f.document_id AND v.meta_version = f.meta_version`, ids); err != nil {
+			WHERE v.document_id = f.document_id AND v.meta_version = f.meta_version`, raised); err != nil {
 			return err
 		}
-		return wantMetadata(ctx, tx, live, ids)
+		return wantMetadata(ctx, tx, live, raised)
 	})
 }
 
@@ -397,17 +422,19 @@ func (s *Store) ClaimDead(ctx context.Context, index corpus.ID, lease corpus.Lea
 }
 
 // Confirm records for claimed dead entries which points were read absent; the others are
-// tried again after the delay.
-func (s *Store) Confirm(ctx context.Context, index, token corpus.ID, absent, again []corpus.ID, delay time.Duration, why string) error {
-	err := s.inTx(ctx, "recording absence", func(tx pgx.Tx) error {
-		var b pgx.Batch
-		b.Queue(`UPDATE index_entries SET absent_at = now(), attempts = 0, not_before = now(), lease_token = NULL, lease_until = NULL, last_error = NULL, changed_at = now()
-			WHERE index_id = $1 AND lease_token = $2 AND chunk_id = ANY ($3::uuid[]) AND state = 'dead'`, index, token, uuids(absent))
-		b.Queue(`UPDATE index_entries SET absent_at = NULL, not_before = now() + $4::interval, lease_token = NULL, lease_until = NULL, last_error = $5, changed_at = now()
-			WHERE index_id = $1 AND lease_token = $2 AND chunk_id = ANY ($3::uuid[]) AND state = 'dead'`, index, token, uuids(again), micros(delay), why)
-		return tx.SendBatch(ctx, &b).Close()
-	})
-	return err
+// tried again after the delay. It returns the documents of all of them.
+func (s *Store) Confirm(ctx context.Context, index, token corpus.ID, absent, again []corpus.ID, delay time.Duration, why string) ([]corpus.ID, error) {
+	rows, err := s.pool.Query(ctx, `
+		UPDATE index_entries SET lease_token = NULL, lease_until = NULL, changed_at = now(),
+			absent_at = CASE WHEN chunk_id = ANY ($3::uuid[]) THEN now() END,
+			attempts = CASE WHEN chunk_id = ANY ($3::uuid[]) THEN 0 ELSE attempts END,
+			not_before = CASE WHEN chunk_id = ANY ($3::uuid[]) THEN now() ELSE now() + $5::interval END,
+			last_error = CASE WHEN chunk_id = ANY ($3::uuid[]) THEN NULL ELSE $6 END
+		WHERE index_id = $1 AND lease_token = $2 AND chunk_id = ANY ($3::uuid[] || $4::uuid[]) AND state = 'dead'
+		RETURNING coalesce(document_id, '00000000-0000-0000-0000-000000000000'::uuid)`,
+		index, token, uuids(absent), uuids(again), micros(delay), why)
+	docs, err := scanIDs(rows, err)
+	return docs, wrap("recording absence", err)
 }
 
 // ClaimTombs leases entries whose points were read absent longer than grace ago. Tombstones of
