@@ -1,8 +1,9 @@
 package ingest
 
 import (
+	"bytes"
 	"context"
-	"reflect"
+	"encoding/json"
 	"strings"
 	"sync"
 	"time"
@@ -253,11 +254,18 @@ func (s *Service) CreateCollection(ctx context.Context, name string, settings co
 		if err != nil {
 			return corpus.CollectionView{}, err
 		}
-		if !reflect.DeepEqual(want, t.Settings) {
+		if !equalJSON(want, t.Settings) {
 			return corpus.CollectionView{}, corpus.Errorf(corpus.Conflict, "collection_exists", "the collection %q exists with other settings", name)
 		}
 	}
 	return s.cfg.Ledger.CollectionView(ctx, name)
+}
+
+// equalJSON compares values as the ledger stores them: an empty map and none are equal.
+func equalJSON(a, b any) bool {
+	x, err1 := json.Marshal(a)
+	y, err2 := json.Marshal(b)
+	return err1 == nil && err2 == nil && bytes.Equal(x, y)
 }
 
 // Collection inspects a collection; NotFound collection_not_found.
@@ -304,7 +312,7 @@ func (s *Service) Reembed(ctx context.Context, name string) (corpus.Index, error
 	if err != nil {
 		return corpus.Index{}, err
 	}
-	if fingerprint == t.Index.Fingerprint && reflect.DeepEqual(layout, t.Index.Layout) {
+	if fingerprint == t.Index.Fingerprint && equalJSON(layout, t.Index.Layout) {
 		return corpus.Index{}, corpus.Errorf(corpus.Conflict, "index_current", "collection %q is served by this model already", name)
 	}
 	ix, err := s.cfg.Ledger.BuildIndex(ctx, t.ID, fingerprint, layout)

@@ -165,6 +165,13 @@ func (s *Service) Run(ctx context.Context) error {
 	return nil
 }
 
+// Wake makes the loops look at the ledger at once, for whoever gave them work. It never blocks.
+func (s *Service) Wake() {
+	signal(s.claimNow)
+	signal(s.reapNow)
+	signal(s.upkeepNow)
+}
+
 func (s *Service) at(step Step) { s.cfg.At(step) }
 
 // signal wakes a loop. A wake-up that is already on its way stands for this one too.
