@@ -28,6 +28,8 @@ CREATE TABLE reconcile_runs (
     finished_at     timestamptz,
     cancel_requested boolean NOT NULL DEFAULT false,
     error           text NOT NULL DEFAULT '',
+    -- Ids compared, once the run has ended; until then its ranges count.
+    compared        bigint NOT NULL DEFAULT 0,
     -- The instance that moves the run from stage to stage; ranges have leases of their own.
     leader_token    uuid,
     leader_until    timestamptz

@@ -103,7 +103,7 @@ func (s *Service) explainIndex(ctx context.Context, group []*corpus.ExplainedChu
 			continue
 		}
 		for _, v := range j.look(known[c.ID], pt) {
-			c.Verdicts = append(c.Verdicts, corpus.ExplainedVerdict{Kind: v.kind, Detail: v.detail, Repair: repairWords(v.kind)})
+			c.Verdicts = append(c.Verdicts, corpus.ExplainedVerdict{Kind: v.kind, Detail: v.detail, Repair: v.kind.Advice().Repair})
 		}
 	}
 	return nil

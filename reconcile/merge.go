@@ -27,6 +27,7 @@ type stream[T any] struct {
 	cancel context.CancelFunc
 	done   sync.WaitGroup
 	page   []T
+	held   bool // page holds one of the three buffers
 	at     int
 	last   bool
 }
@@ -73,10 +74,10 @@ func (s *stream[T]) fill(ctx context.Context) error {
 			if f.err != nil {
 				return f.err
 			}
-			if s.page != nil {
+			if s.held {
 				s.free <- s.page
 			}
-			s.page, s.at, s.last = f.page, 0, f.last
+			s.page, s.held, s.at, s.last = f.page, true, 0, f.last
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}

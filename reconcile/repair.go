@@ -174,32 +174,56 @@ func (w *work) awaitRebuilds(ctx context.Context) error {
 	return nil
 }
 
-// awaitRebuild returns "" once a new index serves in the lost one's place and nothing is being
-// built any more, or why it gave up.
+// awaitRebuild returns "" once the collection's indexes exist and hold every chunk that was
+// live when the wait began, or why it gave up.
 func (w *work) awaitRebuild(ctx context.Context, lost corpus.Index) (string, error) {
+	facts, err := w.ledger.RollbackFacts(ctx, lost.Collection)
+	if corpus.KindOf(err) == corpus.NotFound {
+		return "", nil // the collection was deleted: nothing is lost any more
+	}
+	if err != nil {
+		return "", err
+	}
 	progress, held := w.clock.Now(), int64(-1)
 	for {
-		ixs, _, err := w.ledger.TargetIndexes(ctx, lost.Collection)
+		ixs, ready, err := w.ledger.TargetIndexes(ctx, lost.Collection)
 		if err != nil {
 			return "", err
 		}
-		if len(ixs) == 0 {
-			return "", nil // the collection was deleted: nothing is lost any more
+		done, points := true, int64(0)
+		for i, ix := range ixs {
+			if !ready[i] {
+				done = false
+				continue
+			}
+			pending, err := w.ledger.PendingUpTo(ctx, ix, facts.LastGen)
+			if err != nil {
+				return "", err
+			}
+			done = done && !pending
+			var n int64
+			err = w.pace.retry(ctx, func() (err error) {
+				n, err = w.index.CountPoints(ctx, ix)
+				return err
+			})
+			if err != nil && corpus.KindOf(err) != corpus.NotFound && corpus.CodeOf(err) != codeNoExact {
+				return "", err
+			}
+			points += n
 		}
-		// Serving comes first; what is being built, if anything, last.
-		first, last := ixs[0], ixs[len(ixs)-1]
-		if first.State == corpus.IndexServing && last.State == corpus.IndexServing && first.ID != lost.ID {
-			return w.verifyRebuilt(ctx, first)
+		if done {
+			for _, ix := range ixs {
+				if why, err := w.verifyRebuilt(ctx, ix); err != nil || why != "" {
+					return why, err
+				}
+			}
+			return "", nil
 		}
-		n, err := w.index.CountPoints(ctx, last)
-		switch {
-		case err == nil && n != held:
-			held, progress = n, w.clock.Now()
-		case err != nil && corpus.KindOf(err) != corpus.NotFound && !corpus.Retryable(err) && corpus.CodeOf(err) != codeNoExact:
-			return "", err
+		if points != held {
+			held, progress = points, w.clock.Now()
 		}
 		if w.clock.Now().Sub(progress) > w.cfg.SettleTimeout {
-			return fmt.Sprintf("the new index holds %d points and did not grow for %s: is a service running that ingests?", max(held, 0), w.cfg.SettleTimeout), nil
+			return fmt.Sprintf("the new index holds %d points and did not grow for %s: is a service running that ingests?", held, w.cfg.SettleTimeout), nil
 		}
 		if err := w.clock.Sleep(ctx, w.cfg.Poll); err != nil {
 			return "", err

@@ -39,6 +39,9 @@ type Decider interface {
 	MarkAbsent(ctx context.Context, ix corpus.Index, ids []corpus.ID) error
 	// RebuildIndex replaces a lost index by a new one under a new name, filled by the workers.
 	RebuildIndex(ctx context.Context, lost corpus.Index) (corpus.Index, error)
+	// PendingUpTo reports whether entries of chunks with at most this gen are still to be
+	// written into the index for the first time.
+	PendingUpTo(ctx context.Context, ix corpus.Index, gen int64) (bool, error)
 }
 
 // Historian knows whether the ledger's own history is whole (promise P8).
@@ -97,15 +100,19 @@ type FindingStore interface {
 	RunProgress(ctx context.Context, run corpus.ID) (compared int64, err error)
 	TargetReports(ctx context.Context, run corpus.ID, sample int) ([]corpus.CollectionReport, error)
 	LatestReports(ctx context.Context, collection string, sample int) ([]corpus.CollectionReport, error)
-	History(ctx context.Context, collection string, limit int) ([]corpus.CollectionReport, error)
+	// PastRuns lists ended runs, newest first; background runs only if they covered everything
+	// or found something.
+	PastRuns(ctx context.Context, collection string, limit int) ([]corpus.RunRecord, error)
 }
 
 // Operator takes the documented steps after a rollback and looks single ids up.
 type Operator interface {
-	// AdoptRollback makes this ledger the truth although it lost history; DiscardRollback gives
-	// the index up and builds it again from this ledger.
-	AdoptRollback(ctx context.Context, collection string) error
-	DiscardRollback(ctx context.Context, collection string) error
+	// ResolveCollection finds a collection by name.
+	ResolveCollection(ctx context.Context, name string) (corpus.Collection, corpus.Index, error)
+	// AdoptRollback makes this ledger the truth although it lost history; DiscardIndex does so
+	// and gives every index of the collection up, to be built again from this ledger.
+	AdoptRollback(ctx context.Context, collection corpus.ID) error
+	DiscardIndex(ctx context.Context, collection corpus.ID) ([]corpus.Index, error)
 	ExplainLedger(ctx context.Context, query, collection string) (corpus.Explanation, error)
 	// StampedIndexes lists live indexes whose stamp is older than every.
 	StampedIndexes(ctx context.Context, every time.Duration) ([]corpus.Index, error)
@@ -388,18 +395,22 @@ func (s *Service) Run(ctx context.Context, id corpus.ID) (corpus.RunReport, erro
 	if err != nil {
 		return corpus.RunReport{}, err
 	}
-	rep := corpus.RunReport{
-		RunID: id, State: rec.State, Depth: rec.Spec.Depth, Repair: rec.Spec.Repair,
+	return s.report(ctx, rec, sampleSize)
+}
+
+func (s *Service) report(ctx context.Context, rec corpus.RunRecord, sample int) (rep corpus.RunReport, err error) {
+	rep = corpus.RunReport{
+		RunID: rec.Spec.ID, State: rec.State, Depth: rec.Spec.Depth, Repair: rec.Spec.Repair,
 		StartedAt: rec.StartedAt, FinishedAt: rec.FinishedAt, Error: rec.Error,
 	}
 	for _, t := range rec.Targets {
 		rep.Expected += t.IndexPoints
 	}
-	if rep.Compared, err = s.ledger.RunProgress(ctx, id); err != nil {
-		return corpus.RunReport{}, err
+	if rep.Compared, err = s.ledger.RunProgress(ctx, rec.Spec.ID); err != nil {
+		return rep, err
 	}
 	rep.Expected = max(rep.Expected, rep.Compared)
-	rep.Collections, err = s.ledger.TargetReports(ctx, id, sampleSize)
+	rep.Collections, err = s.ledger.TargetReports(ctx, rec.Spec.ID, sample)
 	return rep, err
 }
 
@@ -431,32 +442,77 @@ func (s *Service) Latest(ctx context.Context, collection string) ([]corpus.Colle
 	return s.ledger.LatestReports(ctx, collection, sampleSize)
 }
 
-// History returns up to limit past results of a collection, newest first.
-func (s *Service) History(ctx context.Context, collection string, limit int) ([]corpus.CollectionReport, error) {
-	return s.ledger.History(ctx, collection, min(max(limit, 1), 1000))
+// History returns up to limit past runs of a collection ("" for all), newest first, without
+// samples: what was asked for, and what the background checked entirely or found.
+func (s *Service) History(ctx context.Context, collection string, limit int) ([]corpus.RunReport, error) {
+	recs, err := s.ledger.PastRuns(ctx, collection, min(max(limit, 1), 1000))
+	if err != nil {
+		return nil, err
+	}
+	out := make([]corpus.RunReport, len(recs))
+	for i, rec := range recs {
+		if out[i], err = s.report(ctx, rec, 0); err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
 }
 
 // AdoptRollback makes the restored ledger the truth for the collection: its deletes may run
 // again, every entry is read back, and points of the lost history become orphans, which the
 // next repairing run deletes.
 func (s *Service) AdoptRollback(ctx context.Context, collection string) error {
-	err := s.ledger.AdoptRollback(ctx, collection)
-	if err == nil {
-		s.log.WarnContext(ctx, "rollback adopted", "collection", collection)
-		s.cfg.Wake()
+	c, err := s.resolveStop(ctx, collection)
+	if err != nil {
+		return err
 	}
-	return err
+	if err := s.ledger.AdoptRollback(ctx, c.ID); err != nil {
+		return err
+	}
+	s.log.WarnContext(ctx, "rollback adopted", "collection", collection)
+	s.cfg.Wake()
+	return nil
 }
 
-// DiscardRollback gives the collection's index up and has it built again, under a new name,
-// from what the ledger says.
+// DiscardRollback gives the collection's indexes up and has them built again, under new names,
+// from what the ledger says. The old ones are dropped by the workers.
 func (s *Service) DiscardRollback(ctx context.Context, collection string) error {
-	err := s.ledger.DiscardRollback(ctx, collection)
-	if err == nil {
-		s.log.WarnContext(ctx, "index discarded after a rollback", "collection", collection)
-		s.cfg.Wake()
+	c, err := s.resolveStop(ctx, collection)
+	if err != nil {
+		return err
 	}
-	return err
+	if _, err := s.ledger.DiscardIndex(ctx, c.ID); err != nil {
+		return err
+	}
+	s.log.WarnContext(ctx, "indexes discarded after a rollback", "collection", collection)
+	s.cfg.Wake()
+	return nil
+}
+
+// resolveStop prepares the end of a stop. The order lets an interruption leave the collection
+// stopped: first the sequence passes whatever the lost history handed out (so that what is
+// adopted includes it), then the indexes get a stamp of this ledger.
+func (s *Service) resolveStop(ctx context.Context, collection string) (corpus.Collection, error) {
+	c, _, err := s.ledger.ResolveCollection(ctx, collection)
+	if err != nil {
+		return c, err
+	}
+	if err := s.ledger.JumpSequence(ctx, "an operator resolved a rollback of collection "+collection); err != nil {
+		return c, err
+	}
+	ixs, ready, err := s.ledger.TargetIndexes(ctx, c.ID)
+	if err != nil {
+		return c, err
+	}
+	for i, ix := range ixs {
+		if !ready[i] {
+			continue
+		}
+		if err := s.writeStamp(ctx, ix, 0); err != nil && corpus.KindOf(err) != corpus.NotFound {
+			return c, err
+		}
+	}
+	return c, nil
 }
 
 func newID() corpus.ID {

@@ -360,9 +360,8 @@ func (s *Store) SeedSuspects(ctx context.Context, run corpus.ID, ix corpus.Index
 // partial ones since.
 const sinceWhole = `SELECT w.id FROM reconcile_runs w JOIN reconcile_targets t ON t.run_id = w.id
 	WHERE t.collection_id = $4 AND t.finished_at IS NOT NULL AND w.state IN ('done', 'braked') AND w.started_at >= coalesce((
-		SELECT max(x.started_at) FROM reconcile_runs x JOIN reconcile_targets y ON y.run_id = x.id
-		WHERE y.collection_id = $4 AND y.finished_at IS NOT NULL AND x.state IN ('done', 'braked') AND NOT x.seeds_only
-		  AND x.lo = '00000000-0000-0000-0000-000000000000' AND x.hi = 'ffffffff-ffff-ffff-ffff-ffffffffffff'), '-infinity')`
+		SELECT max(r.started_at) FROM reconcile_runs r JOIN reconcile_targets y ON y.run_id = r.id
+		WHERE y.collection_id = $4 AND y.finished_at IS NOT NULL AND r.state IN ('done', 'braked') AND ` + wholeRun + `), '-infinity')`
 
 // AddFindings records findings that need no decision under a row lock: those about indexes.
 func (s *Store) AddFindings(ctx context.Context, run corpus.ID, ix corpus.Index, findings []corpus.Finding) error {
@@ -429,6 +428,15 @@ func (s *Store) Rebuilding(ctx context.Context, run corpus.ID) ([]corpus.Index, 
 	return out, wrap("reading rebuilt indexes", err)
 }
 
+// PendingUpTo reports whether entries of chunks with at most this gen are still pending in the
+// index.
+func (s *Store) PendingUpTo(ctx context.Context, ix corpus.Index, gen int64) (bool, error) {
+	var pending bool
+	err := s.pool.QueryRow(ctx, `SELECT EXISTS (SELECT 1 FROM index_entries e JOIN chunks c ON c.id = e.chunk_id
+		WHERE e.index_id = $1 AND e.state = 'pending' AND c.gen <= $2)`, ix.ID, gen).Scan(&pending)
+	return pending, wrap("reading what is pending", err)
+}
+
 // CountFindings returns the run's findings in one collection, by kind: all, and the repaired.
 func (s *Store) CountFindings(ctx context.Context, run, collection corpus.ID) (all, repaired corpus.Counts, err error) {
 	all, repaired = corpus.NewCounts(), corpus.NewCounts()
@@ -465,7 +473,8 @@ const keepFindings = 1000
 func (s *Store) FinishRun(ctx context.Context, id, leader corpus.ID, state corpus.RunState, message string, at time.Time) (bool, error) {
 	var ended bool
 	err := s.inTx(ctx, "finishing a reconcile run", func(tx pgx.Tx) error {
-		tag, err := tx.Exec(ctx, `UPDATE reconcile_runs SET state = $3, error = $4, finished_at = $5, leader_until = now()
+		tag, err := tx.Exec(ctx, `UPDATE reconcile_runs SET state = $3, error = $4, finished_at = $5, leader_until = now(),
+				compared = (SELECT coalesce(sum(compared), 0) FROM reconcile_ranges WHERE run_id = $1)
 			WHERE id = $1 AND leader_token = $2 AND state = 'running'`, id, leader, string(state), message, at)
 		ended = tag.RowsAffected() == 1
 		if err != nil || !ended {
@@ -506,7 +515,8 @@ const finishTargets = `
 
 // RunProgress sums what a run has read so far, over all its collections.
 func (s *Store) RunProgress(ctx context.Context, run corpus.ID) (compared int64, err error) {
-	err = s.pool.QueryRow(ctx, `SELECT coalesce(sum(compared), 0)::bigint FROM reconcile_ranges WHERE run_id = $1`, run).Scan(&compared)
+	err = s.pool.QueryRow(ctx, `SELECT greatest(compared, coalesce((SELECT sum(compared) FROM reconcile_ranges WHERE run_id = $1), 0))::bigint
+		FROM reconcile_runs WHERE id = $1`, run).Scan(&compared)
 	return compared, wrap("reading a run's progress", err)
 }
 
@@ -518,13 +528,17 @@ func (s *Store) TargetReports(ctx context.Context, run corpus.ID, sample int) ([
 	return out, wrap("reading a run's reports", err)
 }
 
-// History returns the collection's finished runs, newest first, without samples.
-func (s *Store) History(ctx context.Context, collection string, limit int) ([]corpus.CollectionReport, error) {
-	out, err := s.reports(ctx, `SELECT t.name, t.collection_id, r.state, t.finished_at, r.id, r.depth, t.documents, t.expected_points, t.indexed_points, t.pending, t.findings, t.repaired
-		FROM reconcile_targets t JOIN reconcile_runs r ON r.id = t.run_id JOIN collections c ON c.id = t.collection_id AND c.deleted_at IS NULL
-		WHERE c.name = $1 AND t.finished_at IS NOT NULL ORDER BY t.finished_at DESC LIMIT $2`, 0, collection, limit)
-	return out, wrap("reading the history of reconcile runs", err)
+// PastRuns lists ended runs of a collection ("" for all), newest first. Of the background's
+// runs only those that covered a whole collection or found something are listed.
+func (s *Store) PastRuns(ctx context.Context, collection string, limit int) ([]corpus.RunRecord, error) {
+	runs, err := s.runs(ctx, `WHERE state <> 'running' AND ($1 = '' OR EXISTS (SELECT 1 FROM reconcile_targets t WHERE t.run_id = r.id AND t.name = $1))
+		AND (origin = 'request' OR `+wholeRun+` OR EXISTS (SELECT 1 FROM reconcile_findings f WHERE f.run_id = r.id))
+		ORDER BY started_at DESC LIMIT $2`, collection, limit)
+	return runs, wrap("reading the history of reconcile runs", err)
 }
+
+// wholeRun holds for a run r that covered every id.
+const wholeRun = `(NOT r.seeds_only AND r.lo = '00000000-0000-0000-0000-000000000000' AND r.hi = 'ffffffff-ffff-ffff-ffff-ffffffffffff')`
 
 // LatestReports returns the latest verdict of each live collection, or of the named one: the
 // last run that covered all of it, with what partial runs found since. A collection that was
@@ -555,8 +569,7 @@ func (s *Store) LatestReports(ctx context.Context, collection string, sample int
 	for _, c := range colls {
 		got, err := s.reports(ctx, `SELECT t.name, t.collection_id, r.state, t.finished_at, r.id, r.depth, t.documents, t.expected_points, t.indexed_points, t.pending, t.findings, t.repaired
 			FROM reconcile_targets t JOIN reconcile_runs r ON r.id = t.run_id
-			WHERE t.collection_id = $1 AND t.finished_at IS NOT NULL AND r.state IN ('done', 'braked') AND NOT r.seeds_only
-			  AND r.lo = '00000000-0000-0000-0000-000000000000' AND r.hi = 'ffffffff-ffff-ffff-ffff-ffffffffffff'
+			WHERE t.collection_id = $1 AND t.finished_at IS NOT NULL AND r.state IN ('done', 'braked') AND `+wholeRun+`
 			ORDER BY r.started_at DESC LIMIT 1`, sample, c.id)
 		if err != nil {
 			return nil, wrap("reading the latest verdicts", err)
@@ -682,8 +695,8 @@ func (s *Store) ForgetRuns(ctx context.Context) error {
 			SELECT run_id FROM (
 				SELECT t.run_id, r.origin = 'request' AS asked,
 				       row_number() OVER (PARTITION BY t.collection_id, r.origin = 'request' ORDER BY r.started_at DESC) AS n,
-				       NOT r.seeds_only AND r.lo = '00000000-0000-0000-0000-000000000000' AND r.hi = 'ffffffff-ffff-ffff-ffff-ffffffffffff' AND r.state IN ('done', 'braked') AS whole,
-				       row_number() OVER (PARTITION BY t.collection_id, NOT r.seeds_only AND r.lo = '00000000-0000-0000-0000-000000000000' AND r.hi = 'ffffffff-ffff-ffff-ffff-ffffffffffff' AND r.state IN ('done', 'braked') ORDER BY r.started_at DESC) AS nth
+				       `+wholeRun+` AND r.state IN ('done', 'braked') AS whole,
+				       row_number() OVER (PARTITION BY t.collection_id, `+wholeRun+` AND r.state IN ('done', 'braked') ORDER BY r.started_at DESC) AS nth
 				FROM reconcile_targets t JOIN reconcile_runs r ON r.id = t.run_id) x
 			GROUP BY run_id HAVING bool_and(n > CASE WHEN asked THEN $1 ELSE $2 END AND NOT (whole AND nth = 1)))`, keepRequested, keepBackground)
 	return wrap("forgetting old reconcile runs", err)
