@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/lockstep-db/lockstep/embedder"
+	"github.com/lockstep-db/lockstep/embedder/model"
 	"github.com/lockstep-db/lockstep/internal/corpus"
 )
 
@@ -46,7 +47,7 @@ func TestTinyM3AgreesWithFlagEmbedding(t *testing.T) {
 	if len(g.Texts) < 20 || g.Tolerance.Cosine < 0.99999 || g.Tolerance.MaxAbs > 1e-5 {
 		t.Fatalf("%d goldens with tolerance %+v are too few or too loose", len(g.Texts), g.Tolerance)
 	}
-	e := openEngine(t, tinyM3.from(t, filepath.Join("..", "model", "testdata", "tiny-m3")))
+	e := openEngine(t, tinyM3.from(t, filepath.Join("..", "model", "testdata", "tiny-m3"), model.FP32))
 	if e.Spec().Heads != allHeads {
 		t.Fatalf("heads %s", e.Spec().Heads)
 	}

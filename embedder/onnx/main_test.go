@@ -11,7 +11,7 @@ import (
 
 func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
-		if err := errors.Join(miniLM.remove(), tinyM3.remove()); err != nil {
+		if err := errors.Join(miniLM.remove(), miniLMInt8.remove(), tinyM3.remove()); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			code = 1
 		}
