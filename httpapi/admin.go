@@ -196,3 +196,57 @@ func (s *Server) cancelRun(c echo.Context) error {
 	}
 	return c.NoContent(http.StatusNoContent)
 }
+
+func (s *Server) explain(c echo.Context) error {
+	if err := refuseUnknownQuery(c, "id", "collection"); err != nil {
+		return err
+	}
+	id := c.QueryParam("id")
+	if code, detail := idFault(id); code != "" {
+		return invalidQuery("id", "%s", detail)
+	}
+	name, err := s.optionalCollection(c.QueryParam("collection"), "?collection")
+	if err != nil {
+		return err
+	}
+	x, err := s.deps.Reconciler.Explain(c.Request().Context(), id, name)
+	if err != nil {
+		return err
+	}
+	return writeJSON(c, http.StatusOK, &x)
+}
+
+func (s *Server) resolveRollback(c echo.Context) error {
+	if err := refuseUnknownQuery(c); err != nil {
+		return err
+	}
+	var in struct {
+		Collection string `json:"collection"`
+		Decision   string `json:"decision"`
+	}
+	if err := bind(c, &in); err != nil {
+		return err
+	}
+	// No default here: which collection is meant has to be said.
+	if in.Collection == "" {
+		return invalidField("/collection", "required", "name the collection")
+	}
+	name, err := s.collection(in.Collection, "/collection")
+	if err != nil {
+		return err
+	}
+	ctx := c.Request().Context()
+	switch in.Decision {
+	case "adopt":
+		err = s.deps.Reconciler.AdoptRollback(ctx, name)
+	case "discard":
+		err = s.deps.Reconciler.DiscardRollback(ctx, name)
+	default:
+		return invalidField("/decision", "unknown_value", "the decision is adopt or discard")
+	}
+	if err != nil {
+		return err
+	}
+	s.log.WarnContext(ctx, "rollback resolved", "request_id", c.Response().Header().Get(headerRequestID), "collection", name, "decision", in.Decision)
+	return c.NoContent(http.StatusNoContent)
+}

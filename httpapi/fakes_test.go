@@ -256,6 +256,8 @@ type runs struct {
 	reports []corpus.CollectionReport
 	history []corpus.RunReport
 	fail    error
+
+	resolutions []string
 }
 
 func (r *runs) Start(_ context.Context, req corpus.ReconcileRequest) (corpus.ID, error) {
@@ -295,6 +297,23 @@ func (r *runs) History(_ context.Context, _ string, limit int) ([]corpus.RunRepo
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return slices.Clone(r.history[:min(limit, len(r.history))]), nil
+}
+
+func (r *runs) Explain(_ context.Context, query, _ string) (corpus.Explanation, error) {
+	if query == "unknown" {
+		return corpus.Explanation{}, corpus.Errorf(corpus.NotFound, "document_not_found", "nothing answers to %q", query)
+	}
+	return corpus.Explanation{Query: query, Verdict: "healthy"}, nil
+}
+
+func (r *runs) AdoptRollback(_ context.Context, c string) error   { return r.resolved("adopt " + c) }
+func (r *runs) DiscardRollback(_ context.Context, c string) error { return r.resolved("discard " + c) }
+
+func (r *runs) resolved(what string) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.resolutions = append(r.resolutions, what)
+	return nil
 }
 
 type checks func(context.Context) []Check

@@ -31,28 +31,39 @@ func (s *Server) readyz(c echo.Context) error {
 		p.Checks = []checkJSON{{Name: "service", Detail: "shutting down"}}
 		return p
 	}
-	ctx, cancel := context.WithTimeout(c.Request().Context(), readyTime)
-	defer cancel()
-	checks := s.deps.Health.Checks(ctx)
-	out := make([]checkJSON, len(checks))
-	var missing []string
-	for i, ch := range checks {
-		out[i] = checkJSON{Name: ch.Name, Ready: ch.Err == nil, Detail: ch.Detail}
-		if ch.Err != nil {
-			out[i].Detail = notReadyDetail(ch.Err)
-			missing = append(missing, ch.Name+": "+out[i].Detail)
-			s.log.DebugContext(ctx, "not ready", "check", ch.Name, "err", ch.Err)
+	checks, ready := s.checkHealth(c.Request().Context())
+	if !ready {
+		var missing []string
+		for _, ch := range checks {
+			if !ch.Ready {
+				missing = append(missing, ch.Name+": "+ch.Detail)
+			}
 		}
-	}
-	if len(missing) > 0 {
 		p := refuse(http.StatusServiceUnavailable, "not_ready", "not ready: %s", strings.Join(missing, "; "))
-		p.Checks = out
+		p.Checks = checks
 		return p
 	}
 	return writeJSON(c, http.StatusOK, struct {
 		Status string      `json:"status"`
 		Checks []checkJSON `json:"checks"`
-	}{"ready", out})
+	}{"ready", checks})
+}
+
+// checkHealth asks every component once, within readyTime.
+func (s *Server) checkHealth(ctx context.Context) (checks []checkJSON, ready bool) {
+	ctx, cancel := context.WithTimeout(ctx, readyTime)
+	defer cancel()
+	ready, checks = true, []checkJSON{}
+	for _, ch := range s.deps.Health.Checks(ctx) {
+		one := checkJSON{Name: ch.Name, Ready: ch.Err == nil, Detail: ch.Detail}
+		if ch.Err != nil {
+			ready = false
+			one.Detail = notReadyDetail(ch.Err)
+			s.log.DebugContext(ctx, "not ready", "check", ch.Name, "err", ch.Err)
+		}
+		checks = append(checks, one)
+	}
+	return checks, ready
 }
 
 // notReadyDetail shows what may be shown of an error.

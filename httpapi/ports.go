@@ -62,6 +62,11 @@ type Reconciler interface {
 	Latest(ctx context.Context, collection string) ([]corpus.CollectionReport, error)
 	// History returns the newest runs first.
 	History(ctx context.Context, collection string, limit int) ([]corpus.RunReport, error)
+	// Explain gathers everything both stores know about a chunk's, a document's or an external id.
+	Explain(ctx context.Context, query, collection string) (corpus.Explanation, error)
+	// AdoptRollback and DiscardRollback end the stop of a collection whose Postgres was rolled back.
+	AdoptRollback(ctx context.Context, collection string) error
+	DiscardRollback(ctx context.Context, collection string) error
 }
 
 // Check is one thing the service needs in order to answer.

@@ -64,6 +64,8 @@ func (s *Server) routeTable() []*route {
 		{method: post, path: "/admin/reconcile", scope: Admin, handler: s.startRun},
 		{method: get, path: "/admin/reconcile/:run_id", scope: Admin, handler: s.getRun},
 		{method: del, path: "/admin/reconcile/:run_id", scope: Admin, handler: s.cancelRun},
+		{method: get, path: "/admin/explain", scope: Admin, handler: s.explain},
+		{method: post, path: "/admin/rollback", scope: Admin, handler: s.resolveRollback},
 		{method: get, path: "/admin", scope: Admin, flavour: page, handler: s.adminPage},
 		{method: post, path: "/admin", scope: Admin, flavour: page, handler: s.adminAction},
 

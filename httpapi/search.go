@@ -249,8 +249,15 @@ func (s *Server) searchRequest(q *searchJSON, at string) (corpus.SearchRequest, 
 type searchResponseJSON struct {
 	Results     []hitJSON       `json:"results"`
 	Mode        string          `json:"mode"`
+	Fusion      *usedFusionJSON `json:"fusion,omitempty"`
 	Consistency consistencyJSON `json:"consistency"`
 	TimingsMS   timingsJSON     `json:"timings_ms"`
+}
+
+type usedFusionJSON struct {
+	Method  string    `json:"method"`
+	K       int       `json:"k,omitzero"`
+	Weights []float64 `json:"weights,omitempty"`
 }
 
 type consistencyJSON struct {
@@ -291,6 +298,9 @@ func renderSearch(req *corpus.SearchRequest, r *corpus.SearchResponse) searchRes
 		Mode:        string(r.Mode),
 		Consistency: consistencyJSON{r.Filtered, r.Widened, r.Truncated},
 		TimingsMS:   timingsJSON{milliseconds(r.Embed), milliseconds(r.Index), milliseconds(r.Join)},
+	}
+	if f := r.Fusion; f.Method != "" {
+		out.Fusion = &usedFusionJSON{f.Method, f.K, f.Weights}
 	}
 	for i := range r.Results {
 		h := &r.Results[i]

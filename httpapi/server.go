@@ -104,6 +104,8 @@ type Server struct {
 	echo     *echo.Echo
 	routes   []*route
 	openapi  *document
+	docs     *docsView
+	pages    *pages
 	metrics  http.Handler
 	draining atomic.Bool
 }
@@ -129,6 +131,10 @@ func New(cfg Config, deps Deps) (*Server, error) {
 		return nil, fmt.Errorf("load the OpenAPI document: %w", err)
 	}
 	s.openapi = doc
+	s.docs = buildDocs(doc)
+	if s.pages, err = loadPages(cfg.Now); err != nil {
+		return nil, fmt.Errorf("load the pages: %w", err)
+	}
 	e := echo.New()
 	e.HideBanner, e.HidePort = true, true
 	e.HTTPErrorHandler = func(err error, c echo.Context) {

@@ -65,7 +65,7 @@ var advice = map[FindingKind]Advice{
 	RolledBack: {
 		Meaning: "The index holds writes that this Postgres does not remember making: Postgres was restored from an older backup, or it is the wrong one.",
 		Cause:   "A restore or a failover that lost transactions, or a wrong DATABASE_URL.",
-		Repair:  "Nothing is deleted until a person decides whether to adopt or to discard what the index holds; docs/reconcile.md has the steps.",
+		Repair:  "Nothing is deleted until a person decides: lockstep reconcile --collection NAME --rollback adopt (this Postgres is right; what it does not know is deleted by the next repair) or discard (build the index again). docs/reconcile.md has the steps.",
 		Manual:  true,
 	},
 }
