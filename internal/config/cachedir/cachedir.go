@@ -73,6 +73,9 @@ func (l Layout) MiniLM() string {
 	return filepath.Join(l.Root, "checkpoints", "all-MiniLM-L6-v2-"+MiniLMVersion)
 }
 
+// Checkpoint is the folder of a checkpoint that `lockstep model pull` fetches, by its short name.
+func (l Layout) Checkpoint(name string) string { return filepath.Join(l.Root, "checkpoints", name) }
+
 // Models is the folder of built ONNX models, one folder each, named by whoever builds them.
 func (l Layout) Models() string { return filepath.Join(l.Root, "models") }
 
