@@ -143,7 +143,7 @@ type Condition struct {
 	Any []any `json:"any,omitempty"`
 	// Except: some value exists that equals none of these.
 	Except []any `json:"except,omitempty"`
-	// Text: every word of it occurs in the value (full-text fields).
+	// Text: every word of it occurs in the value, or in a list's values together (full-text fields).
 	Text string `json:"text,omitempty"`
 	// Range bounds a number or an RFC 3339 time.
 	Range *Range `json:"range,omitempty"`
@@ -207,6 +207,9 @@ func (c *Condition) matches(m Metadata) bool {
 		}
 		return empty == *c.IsEmpty
 	}
+	if c.Text != "" {
+		return containsWords(values, c.Text)
+	}
 	for _, v := range values {
 		if a, ok := v.([]any); ok {
 			for _, e := range a {
@@ -266,9 +269,6 @@ func (c *Condition) test(v any) bool {
 			}
 		}
 		return true
-	case c.Text != "":
-		s, ok := v.(string)
-		return ok && containsWords(s, c.Text)
 	case c.Range != nil:
 		return c.Range.contains(v)
 	}
@@ -377,18 +377,33 @@ func ParseTime(s string) (time.Time, bool) {
 	return time.Time{}, false
 }
 
-// containsWords reports whether every word of want occurs in s, letter case folded.
-func containsWords(s, want string) bool {
+// containsWords reports whether every word of want occurs in the values, letter case folded. A
+// list's texts are one, as in the index: its words may come from several of them. Without any
+// word in want nothing matches.
+func containsWords(values []any, want string) bool {
 	have := map[string]bool{}
-	for _, w := range words(s) {
-		have[w] = true
+	add := func(v any) {
+		if s, ok := v.(string); ok {
+			for _, w := range words(s) {
+				have[w] = true
+			}
+		}
 	}
-	for _, w := range words(want) {
+	for _, v := range values {
+		add(v)
+		if a, ok := v.([]any); ok {
+			for _, e := range a {
+				add(e)
+			}
+		}
+	}
+	needed := words(want)
+	for _, w := range needed {
 		if !have[w] {
 			return false
 		}
 	}
-	return true
+	return len(needed) > 0
 }
 
 // words cuts at everything that is neither alphabetic nor numeric, as Qdrant's word tokenizer does.

@@ -219,7 +219,7 @@ func (g generator) condition(depth int) corpus.Condition {
 		}
 		return equal(g.when)
 	case "body":
-		c.Text = pick(g, "fox", "quick FOX", "x", "x y", "ünïcode", "nothing")
+		c.Text = pick(g, "fox", "quick FOX", "x", "x y", "ünïcode", "nothing", "--")
 		return c
 	}
 	return equal(g.lang)
