@@ -63,14 +63,14 @@ func run(ctx context.Context) (err error) {
 		return err
 	}
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
-	indexURL := os.Getenv("QDRANT_URL")
+	indexURL, indexKey := os.Getenv("QDRANT_URL"), os.Getenv("QDRANT_API_KEY")
 	stack, err := devstack.Start(ctx, devstack.Config{DataDir: filepath.Join(dir, "data"), NeedPostgres: true, NeedQdrant: indexURL == "", Logger: log})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, stack.Stop(context.Background())) }()
 	if indexURL == "" {
-		indexURL = stack.QdrantURL
+		indexURL, indexKey = stack.QdrantURL, stack.QdrantAPIKey
 	}
 	for _, e := range stack.Embedded {
 		fmt.Println(e)
@@ -79,6 +79,7 @@ func run(ctx context.Context) (err error) {
 	cfg := config.Default()
 	cfg.Listen, cfg.DataDir, cfg.Scrub = "127.0.0.1:0", filepath.Join(dir, "unused"), false
 	cfg.DatabaseURL, cfg.QdrantURL = config.Secret(stack.DatabaseURL), indexURL
+	cfg.QdrantAPIKey = config.Secret(indexKey)
 	a, err := app.New(ctx, cfg, log, app.Options{Embedder: emb, Version: "bench"})
 	if err != nil {
 		return err
@@ -93,7 +94,7 @@ func run(ctx context.Context) (err error) {
 	for i := range texts {
 		texts[i] = fmt.Sprintf("document %d about topic %d", i, i%97)
 	}
-	client, err := dial(indexURL)
+	client, err := dial(indexURL, indexKey)
 	if err != nil {
 		return err
 	}
@@ -151,12 +152,12 @@ func startProfile(path string, round int) (stop func(), err error) {
 	return func() { pprof.StopCPUProfile(); _ = f.Close() }, nil
 }
 
-func dial(url string) (*qc.Client, error) {
+func dial(url, key string) (*qc.Client, error) {
 	host, port := "", 0
 	if _, err := fmt.Sscanf(strings.NewReplacer("http://", "", ":", " ").Replace(url), "%s %d", &host, &port); err != nil {
 		return nil, fmt.Errorf("QDRANT_URL %q: want http://host:port", url)
 	}
-	return qc.NewClient(&qc.Config{Host: host, Port: port, SkipCompatibilityCheck: true,
+	return qc.NewClient(&qc.Config{Host: host, Port: port, APIKey: key, SkipCompatibilityCheck: true,
 		GrpcOptions: []grpc.DialOption{grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(64 << 20))}})
 }
 

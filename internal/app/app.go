@@ -143,14 +143,8 @@ func (a *App) openStores(ctx context.Context, reg prometheus.Registerer, log *sl
 		return nil, err
 	}
 	a.onStop(stack.Stop)
-	database, index := string(cfg.DatabaseURL), cfg.QdrantURL
-	if database == "" {
-		database = stack.DatabaseURL
-	}
-	if index == "" {
-		index = stack.QdrantURL
-	}
-	a.ledger, err = openLedger(ctx, cfg, database, log)
+	cfg = withEmbedded(cfg, stack)
+	a.ledger, err = openLedger(ctx, cfg, log)
 	if err != nil {
 		return nil, err
 	}
@@ -166,7 +160,7 @@ func (a *App) openStores(ctx context.Context, reg prometheus.Registerer, log *sl
 	if err != nil {
 		return nil, err
 	}
-	a.index, err = openIndex(ctx, cfg, index, reg, log)
+	a.index, err = openIndex(ctx, cfg, reg, log)
 	if err != nil {
 		return nil, err
 	}
@@ -178,15 +172,26 @@ func (a *App) openStores(ctx context.Context, reg prometheus.Registerer, log *sl
 	return stack, nil
 }
 
-func openLedger(ctx context.Context, cfg config.Config, url string, log *slog.Logger) (*postgres.Store, error) {
+// withEmbedded fills in the addresses of the servers that were not configured.
+func withEmbedded(cfg config.Config, stack *devstack.Stack) config.Config {
+	if cfg.DatabaseURL == "" {
+		cfg.DatabaseURL = config.Secret(stack.DatabaseURL)
+	}
+	if cfg.QdrantURL == "" {
+		cfg.QdrantURL, cfg.QdrantAPIKey = stack.QdrantURL, config.Secret(stack.QdrantAPIKey)
+	}
+	return cfg
+}
+
+func openLedger(ctx context.Context, cfg config.Config, log *slog.Logger) (*postgres.Store, error) {
 	return postgres.Open(ctx, postgres.Config{
-		URL: url, MaxConns: cfg.Database.MaxConns, ConnectTimeout: cfg.Database.ConnectTimeout,
+		URL: string(cfg.DatabaseURL), MaxConns: cfg.Database.MaxConns, ConnectTimeout: cfg.Database.ConnectTimeout,
 	}, log)
 }
 
-func openIndex(ctx context.Context, cfg config.Config, url string, reg prometheus.Registerer, log *slog.Logger) (*qdrant.Client, error) {
+func openIndex(ctx context.Context, cfg config.Config, reg prometheus.Registerer, log *slog.Logger) (*qdrant.Client, error) {
 	return qdrant.Open(ctx, qdrant.Config{
-		URL: url, APIKey: string(cfg.QdrantAPIKey), Timeout: cfg.Qdrant.Timeout,
+		URL: cfg.QdrantURL, APIKey: string(cfg.QdrantAPIKey), Timeout: cfg.Qdrant.Timeout,
 		MaxBatchBytes: int(cfg.Qdrant.MaxBatchBytes), MaxBatchPoints: cfg.Qdrant.MaxBatchPoints,
 		Shards: uint32(cfg.Qdrant.Shards), Replicas: uint32(cfg.Qdrant.Replicas),
 		WriteConsistency: uint32(cfg.Qdrant.WriteConsistency), StrongOrdering: cfg.Qdrant.StrongOrdering,

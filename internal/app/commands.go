@@ -31,8 +31,7 @@ func Migrate(ctx context.Context, cfg config.Config, log *slog.Logger) (applied 
 
 // withLedger opens the configured or the embedded Postgres for the time of one call.
 func withLedger(ctx context.Context, cfg config.Config, log *slog.Logger, do func(*postgres.Store) error) (err error) {
-	url := string(cfg.DatabaseURL)
-	if url == "" {
+	if cfg.DatabaseURL == "" {
 		stack, err := devstack.Start(ctx, devstack.Config{DataDir: cfg.DataDir, NeedPostgres: true, Logger: log})
 		if err != nil {
 			return err
@@ -44,9 +43,9 @@ func withLedger(ctx context.Context, cfg config.Config, log *slog.Logger, do fun
 				err = serr
 			}
 		}()
-		url = stack.DatabaseURL
+		cfg = withEmbedded(cfg, stack)
 	}
-	store, err := openLedger(ctx, cfg, url, log)
+	store, err := openLedger(ctx, cfg, log)
 	if err != nil {
 		return err
 	}
@@ -186,15 +185,10 @@ func Doctor(ctx context.Context, cfg config.Config, log *slog.Logger) []Diagnosi
 			log.WarnContext(ctx, "stopping the embedded servers", "err", err)
 		}
 	}()
-	database, index := string(cfg.DatabaseURL), cfg.QdrantURL
-	if database == "" {
-		database = stack.DatabaseURL
-	}
-	if index == "" {
-		index = stack.QdrantURL
-	}
+	own := cfg.DatabaseURL == "" || cfg.QdrantURL == ""
+	cfg = withEmbedded(cfg, stack)
 	check("postgres", func() (string, error) {
-		store, err := openLedger(ctx, cfg, database, log)
+		store, err := openLedger(ctx, cfg, log)
 		if err != nil {
 			return "", err
 		}
@@ -202,7 +196,7 @@ func Doctor(ctx context.Context, cfg config.Config, log *slog.Logger) []Diagnosi
 		return "answers, keeps what it acknowledges", store.Ping(ctx)
 	})
 	check("qdrant", func() (string, error) {
-		client, err := openIndex(ctx, cfg, index, prometheus.NewRegistry(), log)
+		client, err := openIndex(ctx, cfg, prometheus.NewRegistry(), log)
 		if err != nil {
 			return "", err
 		}
@@ -213,7 +207,7 @@ func Doctor(ctx context.Context, cfg config.Config, log *slog.Logger) []Diagnosi
 		return "answers, honours guarded writes", client.ProveGuards(ctx)
 	})
 	check("data directory", func() (string, error) {
-		if cfg.DatabaseURL != "" && cfg.QdrantURL != "" {
+		if !own {
 			return "not used: both stores are configured", nil
 		}
 		probe := filepath.Join(cfg.DataDir, ".doctor")
