@@ -1,10 +1,12 @@
 package qdrantlocal
 
 import (
+	"slices"
 	"strings"
 	"unicode"
 
 	"github.com/google/uuid"
+	"github.com/qdrant/go-client/qdrant"
 )
 
 // columnKind is the type of a payload index.
@@ -306,41 +308,72 @@ func (t *tokenizer) words(s string) []string {
 	return out
 }
 
-// tokenTest matches texts by token.
-type tokenTest struct {
+// tokenCondition matches the texts of a field by token, as a text index does: all tokens
+// are looked for in all of a point's texts together, a phrase in one of them.
+type tokenCondition struct {
+	path  jsonPath
 	tok   *tokenizer
 	query []string
 	mode  textMode
 }
 
-func (t tokenTest) test(v value) bool {
-	if v.kind != kindString || len(t.query) == 0 {
+// newTokenCondition returns nil for a match that is not about text.
+func newTokenCondition(col *column, m *qdrant.Match) (condition, error) {
+	c := tokenCondition{path: col.path, tok: col.text}
+	var query string
+	switch k := m.GetMatchValue().(type) {
+	case *qdrant.Match_Text:
+		query = k.Text
+	case *qdrant.Match_TextAny:
+		query, c.mode = k.TextAny, textAny
+	case *qdrant.Match_Phrase:
+		if !c.tok.phrases {
+			return nil, invalid("Wrong input: phrase matching is not enabled in the text index of " + col.path.text)
+		}
+		query, c.mode = k.Phrase, textPhrase
+	default:
+		return nil, nil
+	}
+	c.query = c.tok.words(query)
+	return c, nil
+}
+
+func (c tokenCondition) match(d *document) bool {
+	if len(c.query) == 0 {
 		return false
 	}
-	words := t.tok.words(string(v.raw))
-	if t.mode == textPhrase {
-		for i := 0; i+len(t.query) <= len(words); i++ {
-			same := true
-			for j, q := range t.query {
-				same = same && words[i+j] == q
-			}
-			if same {
-				return true
-			}
+	found := make([]bool, len(c.query))
+	left := len(found)
+	done := false
+	text := func(v value) bool {
+		if v.kind != kindString {
+			return true
 		}
-		return false
+		words := c.tok.words(string(v.raw))
+		if c.mode == textPhrase {
+			for i := 0; !done && i+len(c.query) <= len(words); i++ {
+				done = slices.Equal(words[i:i+len(c.query)], c.query)
+			}
+			return !done
+		}
+		for i, q := range c.query {
+			if found[i] || !slices.ContainsFunc(words, func(w string) bool {
+				return w == q || c.tok.prefix && strings.HasPrefix(w, q)
+			}) {
+				continue
+			}
+			found[i] = true
+			left--
+		}
+		done = left == 0 || c.mode == textAny && left < len(found)
+		return !done
 	}
-	for _, q := range t.query {
-		found := false
-		for _, w := range words {
-			if w == q || t.tok.prefix && strings.HasPrefix(w, q) {
-				found = true
-				break
-			}
+	c.path.each(d.payload, func(v value) bool {
+		if v.kind != kindList {
+			return text(v)
 		}
-		if found == (t.mode == textAny) {
-			return found
-		}
-	}
-	return t.mode == textAll
+		eachItem(v.raw, func(enc []byte) bool { return text(decodeValue(enc)) })
+		return !done
+	})
+	return done
 }

@@ -292,7 +292,12 @@ func (cm *compiler) field(fc *qdrant.FieldCondition) (condition, error) {
 		col = cm.col.columns[fc.GetKey()]
 	}
 	if m := fc.GetMatch(); m != nil {
-		t, err := cm.matchTest(m, col)
+		if col != nil && col.kind == columnText {
+			if c, err := newTokenCondition(col, m); c != nil || err != nil {
+				return c, err
+			}
+		}
+		t, err := cm.matchTest(m)
 		if err != nil {
 			return nil, err
 		}
@@ -307,7 +312,7 @@ func (cm *compiler) field(fc *qdrant.FieldCondition) (condition, error) {
 	return out, nil
 }
 
-func (cm *compiler) matchTest(m *qdrant.Match, col *column) (valueTest, error) {
+func (cm *compiler) matchTest(m *qdrant.Match) (valueTest, error) {
 	strs := func(in []string) map[string]struct{} {
 		cm.largest = max(cm.largest, len(in))
 		s := make(map[string]struct{}, len(in))
@@ -325,9 +330,6 @@ func (cm *compiler) matchTest(m *qdrant.Match, col *column) (valueTest, error) {
 		return s
 	}
 	text := func(query string, mode textMode) valueTest {
-		if col != nil && col.kind == columnText {
-			return tokenTest{col.text, col.text.words(query), mode}
-		}
 		if mode == textAny {
 			return substringAnyTest(strings.Fields(query))
 		}
@@ -353,9 +355,6 @@ func (cm *compiler) matchTest(m *qdrant.Match, col *column) (valueTest, error) {
 	case *qdrant.Match_TextAny:
 		return text(k.TextAny, textAny), nil
 	case *qdrant.Match_Phrase:
-		if col != nil && col.kind == columnText && !col.text.phrases {
-			return nil, invalid("phrase matching is not enabled on the text index of " + col.path.text)
-		}
 		return text(k.Phrase, textPhrase), nil
 	default:
 		return nil, invalid("Malformed Match condition")
@@ -394,15 +393,27 @@ func (c emptyCondition) match(d *document) bool {
 	return empty
 }
 
-// nullCondition holds when some value at the path is null. An absent field is not null.
+// nullCondition holds when some value at the path is null or a list with a null in it. An
+// absent field is not null.
 type nullCondition struct{ path jsonPath }
 
 func (c nullCondition) match(d *document) bool {
 	null := false
 	c.path.each(d.payload, func(v value) bool {
-		null = v.kind == kindNull
+		null = v.isNull()
 		return !null
 	})
+	return null
+}
+
+func (v value) isNull() bool {
+	null := v.kind == kindNull
+	if v.kind == kindList {
+		eachItem(v.raw, func(enc []byte) bool {
+			null = decodeValue(enc).kind == kindNull
+			return !null
+		})
+	}
 	return null
 }
 
@@ -486,14 +497,7 @@ func (c *fieldCondition) matchValue(v value) bool {
 		empty := v.kind == kindNull || v.kind == kindList && listLen(v.raw) == 0
 		return empty == *c.isEmpty
 	case c.isNull != nil:
-		null := v.kind == kindNull
-		if v.kind == kindList {
-			eachItem(v.raw, func(enc []byte) bool {
-				null = decodeValue(enc).kind == kindNull
-				return !null
-			})
-		}
-		return null == *c.isNull
+		return v.isNull() == *c.isNull
 	}
 	if v.kind != kindList {
 		return c.test(v)
