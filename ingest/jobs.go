@@ -136,8 +136,9 @@ func entryBytes(e *corpus.Entry) int {
 // pauses holds off from stores that fail: one key for each index, the zero ID for the embedder.
 // The delay doubles with each failure in a row and honours what the store asks for.
 type pauses struct {
-	mu    sync.Mutex
-	byKey map[corpus.ID]pause
+	first, last time.Duration
+	mu          sync.Mutex
+	byKey       map[corpus.ID]pause
 }
 
 type pause struct {
@@ -145,14 +146,9 @@ type pause struct {
 	until    time.Time
 }
 
-func newPauses() *pauses { return &pauses{byKey: map[corpus.ID]pause{}} }
-
-// Delays after failures in a row: from a fifth of a second to half a minute (unmeasured), so that
-// a short outage costs little and a long one is not hammered upon.
-const (
-	firstPause = 200 * time.Millisecond
-	lastPause  = 30 * time.Second
-)
+func newPauses(first time.Duration) *pauses {
+	return &pauses{first: first, last: 150 * first, byKey: map[corpus.ID]pause{}}
+}
 
 // failed records a failure and returns how long to wait.
 func (p *pauses) failed(key corpus.ID, atLeast time.Duration) time.Duration {
@@ -160,7 +156,7 @@ func (p *pauses) failed(key corpus.ID, atLeast time.Duration) time.Duration {
 	defer p.mu.Unlock()
 	v := p.byKey[key]
 	v.failures++
-	d := max(backoff(v.failures, firstPause, lastPause), atLeast)
+	d := max(backoff(v.failures, p.first, p.last), atLeast)
 	v.until = time.Now().Add(d)
 	p.byKey[key] = v
 	return d

@@ -80,7 +80,7 @@ func (s *Service) reap(ctx context.Context, ix corpus.Index) bool {
 		return false
 	}
 	s.pauses.worked(ix.ID)
-	s.confirm(ctx, ix, lease.Token, absent, present, backoff(1, firstPause, lastPause), "the point was deleted and is still there")
+	s.confirm(ctx, ix, lease.Token, absent, present, backoff(1, s.cfg.Pause, s.cfg.Pause), "the point was deleted and is still there")
 	s.metrics.deleted.Add(float64(len(absent)))
 	return len(ids) == lease.Max
 }

@@ -55,6 +55,10 @@ type Config struct {
 	// Attempts after which an entry is given up, counting only failures that waiting does not
 	// cure; default 8.
 	Attempts int
+	// Pause is how long an index or the embedder is left alone after a first failure; it doubles
+	// with each failure in a row, up to 150 times as much; default 200 ms (unmeasured): a short
+	// outage costs little, and a long one is not hammered upon.
+	Pause time.Duration
 	// Drain bounds how long work under way may take to finish once Run's context ended;
 	// default 10 s.
 	Drain time.Duration
@@ -93,6 +97,7 @@ func (c *Config) setDefaults() {
 	span(&c.Upkeep, 5*time.Second)
 	span(&c.Grace, 24*time.Hour)
 	span(&c.Drain, 10*time.Second)
+	span(&c.Pause, 200*time.Millisecond)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -125,7 +130,7 @@ func New(cfg Config) *Service {
 	cfg.setDefaults()
 	s := &Service{
 		cfg: cfg, log: cfg.Logger.With("component", "ingest"),
-		names: newNames(cfg.Ledger), waiting: newWaiters(), pauses: newPauses(),
+		names: newNames(cfg.Ledger), waiting: newWaiters(), pauses: newPauses(cfg.Pause),
 		jobs:     newJobQueue(cfg.QueueEntries, cfg.QueueBytes),
 		claimNow: make(chan struct{}, 1), reapNow: make(chan struct{}, 1), upkeepNow: make(chan struct{}, 1),
 		stopping: make(chan struct{}),

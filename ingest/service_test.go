@@ -236,3 +236,17 @@ func TestADocumentsLife(t *testing.T) {
 		t.Errorf("re-ingest after delete: %+v; the first life's id was %v", back, r.PointIDs[0])
 	}
 }
+
+func openStore(t testing.TB, url string) *postgres.Store {
+	t.Helper()
+	ctx := context.Background()
+	store, err := postgres.Open(ctx, postgres.Config{URL: url, MaxConns: 30}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(store.Close)
+	if _, err := store.Migrate(ctx); err != nil {
+		t.Fatal(err)
+	}
+	return store
+}

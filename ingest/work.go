@@ -168,7 +168,7 @@ func (s *Service) settle(ctx context.Context, ix corpus.Index, results []corpus.
 		begin := time.Now()
 		progress, err = s.cfg.Ledger.Settle(ctx, ix, results)
 		s.metrics.settleSeconds.Observe(time.Since(begin).Seconds())
-		if !corpus.Retryable(err) || !sleep(ctx, backoff(try+1, firstPause, lastPause)) {
+		if !corpus.Retryable(err) || !sleep(ctx, backoff(try+1, s.cfg.Pause, recordTimeout)) {
 			break
 		}
 	}
@@ -599,7 +599,7 @@ func (b *batch) raise() {
 		case corpus.KindOf(err) == corpus.Invalid:
 			r.Outcome, r.Error = corpus.EntryGivenUp, describe(err)
 		case err != nil:
-			r.Delay = firstPause
+			r.Delay = b.s.cfg.Pause
 		}
 	}
 }
@@ -700,7 +700,7 @@ func (b *batch) embedderFailed(lacks corpus.Heads, group []*item, err error) []*
 
 // delay before an entry's next try.
 func (b *batch) delay(e *corpus.Entry) time.Duration {
-	return backoff(e.Attempts, firstPause, 5*time.Minute)
+	return backoff(e.Attempts, b.s.cfg.Pause, 1500*b.s.cfg.Pause)
 }
 
 func retryAfter(err error) time.Duration {
