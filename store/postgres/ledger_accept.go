@@ -239,7 +239,7 @@ func (a *acceptance) insertNew() error {
 	rows, err := a.tx.Query(a.ctx, `
 		INSERT INTO documents (id, collection_id, external_id, target_version)
 		SELECT p.id, $1, p.name, 1 FROM unnest($2::uuid[], $3::text[]) WITH ORDINALITY AS p (id, name, ord) ORDER BY p.ord
-		ON CONFLICT (id) DO NOTHING RETURNING id`, a.collection, ids, names)
+		ON CONFLICT DO NOTHING RETURNING id`, a.collection, ids, names) // on either unique index, whichever a race meets first
 	fresh, err := scanIDs(rows, err)
 	if err != nil || len(fresh) == 0 {
 		return err
