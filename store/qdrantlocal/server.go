@@ -246,7 +246,9 @@ func (s *Server) closeFiles() error {
 			err = errors.Join(err, fmt.Errorf("closing collection %s: %w", c.name, cerr))
 		}
 	}
-	return errors.Join(err, s.lock.Close())
+	// Closing alone would not do: a child process that is being started at this moment holds
+	// a copy of the descriptor, and with it the lock.
+	return errors.Join(err, unix.Flock(int(s.lock.Fd()), unix.LOCK_UN), s.lock.Close())
 }
 
 // flusher brings to disk what was written without waiting.
