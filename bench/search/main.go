@@ -24,6 +24,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime/pprof"
 	"slices"
 	"strings"
 	"sync"
@@ -67,6 +68,7 @@ func run(ctx context.Context) (err error) {
 	flag.StringVar(&b.mode, "mode", "dense", "search mode (the bare loop is always dense)")
 	seconds := flag.Int("seconds", 5, "length of each turn")
 	rounds := flag.Int("rounds", 3, "turns of each side")
+	profile := flag.String("cpuprofile", "", "write a CPU profile of all turns to this file")
 	load := flag.Bool("load", false, "compare idle searches with searches under ingestion, instead of with the bare loop")
 	settings := config.AddFlags(flag.NewFlagSet("settings", flag.ContinueOnError)) // none: variables only
 	flag.Parse()
@@ -130,6 +132,16 @@ func run(ctx context.Context) (err error) {
 	turn := time.Duration(*seconds) * time.Second
 	if _, err := b.turn(ctx, time.Second, b.search); err != nil { // warm
 		return err
+	}
+	if *profile != "" {
+		f, err := os.Create(*profile)
+		if err != nil {
+			return err
+		}
+		if err := pprof.StartCPUProfile(f); err != nil {
+			return errors.Join(err, f.Close())
+		}
+		defer func() { pprof.StopCPUProfile(); err = errors.Join(err, f.Close()) }()
 	}
 	if *load {
 		return b.underLoad(ctx, *rounds, turn, *n)

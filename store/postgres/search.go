@@ -19,15 +19,23 @@ SELECT pg_is_in_recovery(),
 FROM (SELECT) AS one LEFT JOIN (`
 
 // joinBody looks up each candidate by primary keys: chunk, document, serving version. place is
-// null unless that version holds the chunk; then the candidate is live.
+// null unless that version holds the chunk; then the candidate is live. LIMIT 1 says what the
+// keys say anyway, but makes the planner look up rather than hash a table it takes for small:
+// statistics lag behind ingestion.
 const joinBody = `
-  SELECT k.n, ch.id IS NOT NULL AS known, ch.died_version IS NOT NULL AS died,
-         array_position(v.chunk_ids, k.id) AS place, d.id AS document, d.external_id, v.version,
+  SELECT k.n, ch.id IS NOT NULL AS known, ch.died_version IS NOT NULL AS died, v.place,
+         d.id AS document, d.external_id, v.version,
          CASE WHEN $5 THEN ch.text END AS text, CASE WHEN $6 THEN v.metadata END AS metadata%s
   FROM unnest($4::uuid[]) WITH ORDINALITY AS k(id, n)
-  LEFT JOIN chunks ch ON ch.id = k.id AND ch.collection_id = $1
-  LEFT JOIN documents d ON d.id = ch.document_id AND d.deleted_at IS NULL
-  LEFT JOIN document_versions v ON v.document_id = d.id AND v.version = d.serving_version
+  LEFT JOIN LATERAL (
+    SELECT c.id, c.document_id, c.text, c.died_version FROM chunks c
+    WHERE c.id = k.id AND c.collection_id = $1 LIMIT 1) ch ON true
+  LEFT JOIN LATERAL (
+    SELECT o.id, o.external_id, o.serving_version FROM documents o
+    WHERE o.id = ch.document_id AND o.deleted_at IS NULL LIMIT 1) d ON true
+  LEFT JOIN LATERAL (
+    SELECT w.version, w.metadata, w.chunk_ids, array_position(w.chunk_ids, k.id) AS place FROM document_versions w
+    WHERE w.document_id = d.id AND w.version = d.serving_version LIMIT 1) v ON true
 ) AS j ON true`
 
 // joinSQL and joinContextSQL are the two statements of the join; the second brings the
@@ -41,7 +49,7 @@ var (
 )
 
 // around is the part of the version's chunk list within $7 places of the candidate.
-const around = `v.chunk_ids[greatest(array_position(v.chunk_ids, k.id) - $7::int, 1) : array_position(v.chunk_ids, k.id) + $7::int]`
+const around = `v.chunk_ids[greatest(v.place - $7::int, 1) : v.place + $7::int]`
 
 // JoinCandidates says what each candidate of an index is worth. It is one statement, so all
 // it answers is one moment's truth, and one round trip. Errors: Unavailable also where the
