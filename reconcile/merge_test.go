@@ -13,7 +13,10 @@ import (
 	"github.com/lockstep-db/lockstep/internal/corpus"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// The Postgres for tests is shared and lives as long as the process.
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("github.com/lockstep-db/lockstep/store/postgres/pgtest.(*Server).spawn.func1"))
+}
 
 // seeded returns a random source and prints its seed.
 func seeded(t testing.TB) *rand.Rand {
