@@ -185,7 +185,7 @@ func render(d *stdlib.Document, parsed *comment.Doc) string {
 	if d.Declaration != "" {
 		fmt.Fprintf(&b, "```go\n%s\n```\n\n", d.Declaration)
 	}
-	b.Write(d.Markdown(parsed))
+	b.Write(d.Plain(parsed))
 	return b.String()
 }
 

@@ -219,28 +219,24 @@ func (r *reader) source(decl ast.Decl) string {
 	return strings.Join(lines, "\n")
 }
 
-// Text renders the document as Markdown: a heading, the declaration and the comment.
+// Text renders the document: a heading, the declaration and the comment.
 func (d *Document) Text() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "# %s %s\n\n", d.Kind, d.ID)
 	if d.Declaration != "" {
 		fmt.Fprintf(&b, "```go\n%s\n```\n\n", d.Declaration)
 	}
-	b.Write(d.Markdown(d.Parse()))
+	b.Write(d.Plain(d.Parse()))
 	return b.String()
 }
 
 // Parse returns the comment's structure, links to symbols resolved.
 func (d *Document) Parse() *comment.Doc { return d.parser.Parse(d.Comment) }
 
-// Markdown renders a comment's structure, with plain headings and without links.
-func (d *Document) Markdown(c *comment.Doc) []byte {
-	p := comment.Printer{
-		HeadingLevel: 2,
-		HeadingID:    func(*comment.Heading) string { return "" },
-		DocLinkURL:   func(*comment.DocLink) string { return "" },
-	}
-	return p.Markdown(c)
+// Plain renders a comment's structure as text: Markdown's headings, and nothing escaped.
+func (d *Document) Plain(c *comment.Doc) []byte {
+	p := comment.Printer{TextWidth: -1}
+	return p.Text(c)
 }
 
 // GOROOT returns where this machine's Go lives.
