@@ -343,9 +343,22 @@ func (h *history) look() {
 	h.mu.Lock()
 	floor := maps.Clone(h.floor)
 	h.mu.Unlock()
-	ids := h.chunkIDs(c.ID)
 	held := h.index.points(ix)
-	live := h.join(c, ix, ids)
+	var live map[corpus.ID]served
+	for ids := h.chunkIDs(c.ID); ; {
+		live = h.join(c, ix, ids)
+		// A chunk that was born since the list was made would be absent from the answer for want
+		// of being a candidate, not because of the ledger.
+		now := h.chunkIDs(c.ID)
+		known := map[corpus.ID]bool{}
+		for _, id := range ids {
+			known[id] = true
+		}
+		if !slices.ContainsFunc(now, func(id corpus.ID) bool { return !known[id] }) {
+			break
+		}
+		ids = now
+	}
 	seen := map[string][]string{}
 	for _, v := range live {
 		seen[v.doc] = append(seen[v.doc], "")

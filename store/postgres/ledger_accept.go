@@ -460,9 +460,12 @@ func killChunks(ctx context.Context, tx pgx.Tx, ix liveIndexes, ids [][16]byte) 
 	var b pgx.Batch
 	b.Queue("UPDATE chunks SET text = NULL WHERE id = ANY ($1::uuid[]) AND died_version IS NOT NULL", ids)
 	b.Queue("DELETE FROM chunk_vectors WHERE chunk_id = ANY ($1::uuid[])", ids)
-	b.Queue(`UPDATE index_entries SET state = 'dead', lease_token = NULL, lease_until = NULL, attempts = 0, not_before = now(),
-			last_error = NULL, absent_at = NULL, changed_at = now()
-		WHERE index_id = ANY ($1::uuid[]) AND chunk_id = ANY ($2::uuid[]) AND state <> 'dead'`, uuids(ix.all), ids)
+	for _, index := range ix.all {
+		b.Queue(byKey("$2::uuid[]", "id")+`
+			UPDATE index_entries e SET state = 'dead', lease_token = NULL, lease_until = NULL, attempts = 0, not_before = now(),
+				last_error = NULL, absent_at = NULL, changed_at = now()
+			FROM p WHERE e.ctid = p.at AND p.was <> 'dead'`, index, ids)
+	}
 	return tx.SendBatch(ctx, &b).Close()
 }
 
@@ -669,18 +672,21 @@ func wantMetadata(ctx context.Context, tx pgx.Tx, ix liveIndexes, docs [][16]byt
 		return nil
 	}
 	_, err := tx.Exec(ctx, `
-		UPDATE index_entries e SET want_meta = w.meta, changed_at = now(),
-			attempts = CASE WHEN e.state = 'indexed' THEN 0 ELSE e.attempts END,
-			not_before = CASE WHEN e.state = 'indexed' THEN now() ELSE e.not_before END
-		FROM (
-			SELECT c.id, CASE WHEN c.born_version <= d.serving_version AND coalesce(c.died_version > d.serving_version, true)
+		WITH w AS MATERIALIZED (
+			SELECT f.at, f.was, f.wanted, CASE WHEN c.born_version <= d.serving_version AND coalesce(c.died_version > d.serving_version, true)
 				THEN sv.meta_version ELSE tv.meta_version END AS meta
 			FROM documents d
 			JOIN chunks c ON c.document_id = d.id AND c.text IS NOT NULL
 			JOIN document_versions tv ON tv.document_id = d.id AND tv.version = d.target_version
 			LEFT JOIN document_versions sv ON sv.document_id = d.id AND sv.version = d.serving_version
-			WHERE d.id = ANY ($2::uuid[]) AND d.deleted_at IS NULL) w
-		WHERE e.index_id = ANY ($1::uuid[]) AND e.chunk_id = w.id AND e.state <> 'dead' AND e.want_meta <> w.meta`, uuids(ix.all), docs)
+			CROSS JOIN unnest($1::uuid[]) AS i (id)
+			CROSS JOIN LATERAL (
+				SELECT e.ctid AS at, e.state AS was, e.want_meta AS wanted FROM index_entries e WHERE e.index_id = i.id AND e.chunk_id = c.id FOR UPDATE) f
+			WHERE d.id = ANY ($2::uuid[]) AND d.deleted_at IS NULL)
+		UPDATE index_entries e SET want_meta = w.meta, changed_at = now(),
+			attempts = CASE WHEN e.state = 'indexed' THEN 0 ELSE e.attempts END,
+			not_before = CASE WHEN e.state = 'indexed' THEN now() ELSE e.not_before END
+		FROM w WHERE e.ctid = w.at AND w.was <> 'dead' AND w.wanted <> w.meta`, uuids(ix.all), docs)
 	return err
 }
 

@@ -18,14 +18,14 @@ func (s *Store) Claim(ctx context.Context, index corpus.ID, lease corpus.Lease) 
 	// Only what the claim needs is read under the claim; texts and metadata follow from rows
 	// that cannot change while an entry wants them.
 	rows, err := s.pool.Query(ctx, `
-		WITH due AS (
-			SELECT chunk_id FROM index_entries
+		WITH due AS MATERIALIZED (
+			SELECT chunk_id, ctid AS at FROM index_entries
 			WHERE index_id = $1 AND (state = 'pending' OR (state = 'indexed' AND meta_version <> want_meta)) AND not_before <= now()
 			ORDER BY not_before LIMIT $2 FOR UPDATE SKIP LOCKED)
 		UPDATE index_entries e SET claims = e.claims + 1, attempts = e.attempts + 1,
 			lease_token = $3, lease_until = now() + $4::interval, not_before = now() + $4::interval
 		FROM due, chunks c LEFT JOIN chunk_vectors v ON v.chunk_id = c.id
-		WHERE e.index_id = $1 AND e.chunk_id = due.chunk_id AND c.id = due.chunk_id AND c.document_id IS NOT NULL AND c.text IS NOT NULL
+		WHERE e.ctid = due.at AND c.id = due.chunk_id AND c.document_id IS NOT NULL AND c.text IS NOT NULL
 		RETURNING e.chunk_id, c.document_id, c.gen, e.want_meta, e.state = 'indexed', e.need = 'rewrite', e.claims = 1, e.attempts,
 			CASE WHEN e.state = 'pending' THEN c.text ELSE '' END, CASE WHEN e.state = 'pending' THEN v.vectors END`,
 		index, lease.Max, lease.Token, micros(lease.For))
@@ -126,10 +126,10 @@ func (s *Store) Renew(ctx context.Context, index corpus.ID, entries []corpus.Ent
 	for i := range entries {
 		chunks[i], tokens[i] = entries[i].Chunk, entries[i].Token
 	}
-	_, err := s.pool.Exec(ctx, `UPDATE index_entries e SET lease_until = now() + $4::interval, not_before = now() + $4::interval
-		FROM (SELECT e.chunk_id FROM unnest($2::uuid[], $3::uuid[]) AS p (id, token)
-			JOIN index_entries e ON e.index_id = $1 AND e.chunk_id = p.id AND e.lease_token = p.token FOR UPDATE OF e SKIP LOCKED) k
-		WHERE e.index_id = $1 AND e.chunk_id = k.chunk_id`, index, chunks, tokens, micros(until))
+	_, err := s.pool.Exec(ctx, `
+		WITH k AS MATERIALIZED (SELECT f.at FROM unnest($2::uuid[], $3::uuid[]) AS p (id, token) CROSS JOIN LATERAL (
+			SELECT e.ctid AS at FROM index_entries e WHERE e.index_id = $1 AND e.chunk_id = p.id AND e.lease_token = p.token FOR UPDATE SKIP LOCKED) f)
+		UPDATE index_entries e SET lease_until = now() + $4::interval, not_before = now() + $4::interval FROM k WHERE e.ctid = k.at`, index, chunks, tokens, micros(until))
 	return wrap("renewing a lease", err)
 }
 
@@ -233,32 +233,46 @@ func recordResults(ctx context.Context, tx pgx.Tx, index corpus.ID, results []co
 	}
 	var b pgx.Batch
 	// Each statement checks the state besides the token: what was declared dead stays dead.
-	const mine = ` WHERE e.index_id = $1 AND e.chunk_id = p.id AND e.lease_token = p.token AND e.state IN ('pending', 'indexed')`
+	const mine = " WHERE e.ctid = p.at AND p.holder = p.token AND p.was IN ('pending', 'indexed')"
 	if c := by[corpus.EntryDone]; len(c.ids) > 0 {
-		b.Queue(`UPDATE index_entries e SET state = 'indexed', need = 'insert', meta_version = p.meta, want_meta = greatest(e.want_meta, p.meta),
+		b.Queue(byKey("$2::uuid[], $3::uuid[], $4::bigint[]", "id, token, meta")+`
+			UPDATE index_entries e SET state = 'indexed', need = 'insert', meta_version = p.meta, want_meta = greatest(e.want_meta, p.meta),
 				attempts = 0, not_before = now(), lease_token = NULL, lease_until = NULL, last_error = NULL, changed_at = now()
-			FROM unnest($2::uuid[], $3::uuid[], $4::bigint[]) AS p (id, token, meta)`+mine, index, c.ids, c.tokens, c.metas)
+			FROM p`+mine, index, c.ids, c.tokens, c.metas)
 	}
 	if c := by[corpus.EntryRetry]; len(c.ids) > 0 {
-		b.Queue(`UPDATE index_entries e SET attempts = CASE WHEN p.blameless THEN greatest(e.attempts - 1, 0) ELSE e.attempts END,
+		b.Queue(byKey("$2::uuid[], $3::uuid[], $4::text[], $5::boolean[], $6::text[]", "id, token, delay, blameless, error")+`
+			UPDATE index_entries e SET attempts = CASE WHEN p.blameless THEN greatest(e.attempts - 1, 0) ELSE e.attempts END,
 				not_before = now() + p.delay::interval, lease_token = NULL, lease_until = NULL, last_error = nullif(p.error, ''), changed_at = now()
-			FROM unnest($2::uuid[], $3::uuid[], $4::text[], $5::boolean[], $6::text[]) AS p (id, token, delay, blameless, error)`+mine,
+			FROM p`+mine,
 			index, c.ids, c.tokens, c.delays, c.blameless, c.errors)
 	}
 	if c := by[corpus.EntryGivenUp]; len(c.ids) > 0 {
-		b.Queue(`UPDATE index_entries e SET state = 'failed', lease_token = NULL, lease_until = NULL, last_error = p.error, changed_at = now()
-			FROM unnest($2::uuid[], $3::uuid[], $4::text[]) AS p (id, token, error)`+mine, index, c.ids, c.tokens, c.errors)
+		b.Queue(byKey("$2::uuid[], $3::uuid[], $4::text[]", "id, token, error")+`
+			UPDATE index_entries e SET state = 'failed', lease_token = NULL, lease_until = NULL, last_error = p.error, changed_at = now()
+			FROM p`+mine, index, c.ids, c.tokens, c.errors)
 	}
 	if c := by[corpus.EntryRewrite]; len(c.ids) > 0 {
-		b.Queue(`UPDATE index_entries e SET state = 'pending', need = 'rewrite', meta_version = 0,
+		b.Queue(byKey("$2::uuid[], $3::uuid[], $4::text[], $5::text[]", "id, token, delay, error")+`
+			UPDATE index_entries e SET state = 'pending', need = 'rewrite', meta_version = 0,
 				not_before = now() + p.delay::interval, lease_token = NULL, lease_until = NULL, last_error = nullif(p.error, ''), changed_at = now()
-			FROM unnest($2::uuid[], $3::uuid[], $4::text[], $5::text[]) AS p (id, token, delay, error)`+mine,
+			FROM p`+mine,
 			index, c.ids, c.tokens, c.delays, c.errors)
 	}
 	if b.Len() == 0 {
 		return nil
 	}
 	return tx.SendBatch(ctx, &b).Close()
+}
+
+// byKey begins a statement on entries of index $1 whose keys come as arrays, the first of them
+// named id. It looks each one up by the primary key, whatever the planner believes: for an
+// index that is new since the last ANALYZE it expects one row, and would rather read them all.
+// For the same reason conditions are put on p, which holds the locked rows as they are.
+func byKey(arrays, names string) string {
+	return "WITH p AS MATERIALIZED (SELECT a.*, f.* FROM unnest(" + arrays + ") AS a (" + names + `) CROSS JOIN LATERAL (
+		SELECT e.ctid AS at, e.state AS was, e.lease_token AS holder, e.absent_at AS gone_at
+		FROM index_entries e WHERE e.index_id = $1 AND e.chunk_id = a.id FOR UPDATE) f)`
 }
 
 // switchVersions moves serving_version to the target of those locked documents whose target
@@ -279,10 +293,9 @@ func switchVersions(ctx context.Context, tx pgx.Tx, live liveIndexes, standing [
 	rows, err := tx.Query(ctx, `
 		UPDATE documents d SET serving_version = d.target_version FROM document_versions v
 		WHERE d.id = ANY ($1::uuid[]) AND v.document_id = d.id AND v.version = d.target_version
-			AND d.deleted_at IS NULL AND d.serving_version IS DISTINCT FROM d.target_version
 			AND NOT EXISTS (
 				SELECT 1 FROM unnest(v.chunk_ids) AS k (id)
-				LEFT JOIN index_entries e ON e.index_id = $2 AND e.chunk_id = k.id
+				LEFT JOIN LATERAL (SELECT e.state FROM index_entries e WHERE e.index_id = $2 AND e.chunk_id = k.id LIMIT 1) e ON true
 				WHERE e.state IS DISTINCT FROM 'indexed')
 		RETURNING d.id`, waiting, live.serving)
 	moved, err := scanIDs(rows, err)
@@ -321,11 +334,13 @@ func (s *Store) Progress(ctx context.Context, collection corpus.ID, docs []corpu
 	rows, err := s.pool.Query(ctx, `
 		SELECT p.ord, d.deleted_at IS NOT NULL, d.target_version, coalesce(d.serving_version, 0),
 			coalesce((SELECT min(e.meta_version) FROM document_versions v, unnest(v.chunk_ids) AS k (id)
-				JOIN index_entries e ON e.index_id = i.id AND e.chunk_id = k.id
+				CROSS JOIN LATERAL (SELECT e.meta_version FROM index_entries e WHERE e.index_id = i.id AND e.chunk_id = k.id LIMIT 1) e
 				WHERE v.document_id = d.id AND v.version = d.serving_version), 0),
-			CASE WHEN d.deleted_at IS NULL THEN 0 ELSE (SELECT count(*) FROM chunks c JOIN index_entries e ON e.index_id = i.id AND e.chunk_id = c.id
+			CASE WHEN d.deleted_at IS NULL THEN 0 ELSE (SELECT count(*) FROM chunks c
+				CROSS JOIN LATERAL (SELECT e.state, e.absent_at FROM index_entries e WHERE e.index_id = i.id AND e.chunk_id = c.id LIMIT 1) e
 				WHERE c.document_id = d.id AND e.state = 'dead' AND e.absent_at IS NULL) END,
-			coalesce((SELECT coalesce(e.last_error, 'failed') FROM index_entries e WHERE e.document_id = d.id AND e.index_id = i.id AND e.state = 'failed' LIMIT 1), '')
+			coalesce((SELECT coalesce(e.last_error, 'failed') FROM index_entries e WHERE e.document_id = d.id
+				AND e.index_id IS NOT DISTINCT FROM i.id AND e.state = 'failed' LIMIT 1), '')
 		FROM unnest($2::uuid[]) WITH ORDINALITY AS p (id, ord)
 		JOIN documents d ON d.id = p.id
 		JOIN collections c ON c.id = d.collection_id AND c.deleted_at IS NULL
@@ -410,13 +425,13 @@ const maxRaise = 1 << 52
 // deletes are stopped in the collection.
 func (s *Store) ClaimDead(ctx context.Context, index corpus.ID, lease corpus.Lease) ([]corpus.ID, error) {
 	rows, err := s.pool.Query(ctx, `
-		WITH due AS (
-			SELECT chunk_id FROM index_entries WHERE index_id = $1 AND state = 'dead' AND absent_at IS NULL AND not_before <= now()
+		WITH due AS MATERIALIZED (
+			SELECT ctid AS at FROM index_entries WHERE index_id = $1 AND state = 'dead' AND absent_at IS NULL AND not_before <= now()
 				AND NOT EXISTS (SELECT 1 FROM indexes i JOIN collections c ON c.id = i.collection_id WHERE i.id = $1 AND c.stopped_at IS NOT NULL)
 			ORDER BY not_before LIMIT $2 FOR UPDATE SKIP LOCKED)
 		UPDATE index_entries e SET lease_token = $3, attempts = e.attempts + 1, claims = e.claims + 1,
 			lease_until = now() + $4::interval, not_before = now() + $4::interval
-		FROM due WHERE e.index_id = $1 AND e.chunk_id = due.chunk_id RETURNING e.chunk_id`, index, lease.Max, lease.Token, micros(lease.For))
+		FROM due WHERE e.ctid = due.at RETURNING e.chunk_id`, index, lease.Max, lease.Token, micros(lease.For))
 	ids, err := scanIDs(rows, err)
 	return ids, wrap("claiming dead points", err)
 }
@@ -424,15 +439,20 @@ func (s *Store) ClaimDead(ctx context.Context, index corpus.ID, lease corpus.Lea
 // Confirm records for claimed dead entries which points were read absent; the others are
 // tried again after the delay. It returns the documents of all of them.
 func (s *Store) Confirm(ctx context.Context, index, token corpus.ID, absent, again []corpus.ID, delay time.Duration, why string) ([]corpus.ID, error) {
-	rows, err := s.pool.Query(ctx, `
-		UPDATE index_entries SET lease_token = NULL, lease_until = NULL, changed_at = now(),
-			absent_at = CASE WHEN chunk_id = ANY ($3::uuid[]) THEN now() END,
-			attempts = CASE WHEN chunk_id = ANY ($3::uuid[]) THEN 0 ELSE attempts END,
-			not_before = CASE WHEN chunk_id = ANY ($3::uuid[]) THEN now() ELSE now() + $5::interval END,
-			last_error = CASE WHEN chunk_id = ANY ($3::uuid[]) THEN NULL ELSE $6 END
-		WHERE index_id = $1 AND lease_token = $2 AND chunk_id = ANY ($3::uuid[] || $4::uuid[]) AND state = 'dead'
-		RETURNING coalesce(document_id, '00000000-0000-0000-0000-000000000000'::uuid)`,
-		index, token, uuids(absent), uuids(again), micros(delay), why)
+	ids := append(uuids(absent), uuids(again)...)
+	gone := make([]bool, len(ids))
+	for i := range absent {
+		gone[i] = true
+	}
+	rows, err := s.pool.Query(ctx, byKey("$3::uuid[], $4::boolean[]", "id, gone")+`
+		UPDATE index_entries e SET lease_token = NULL, lease_until = NULL, changed_at = now(),
+			absent_at = CASE WHEN p.gone THEN now() END,
+			attempts = CASE WHEN p.gone THEN 0 ELSE e.attempts END,
+			not_before = CASE WHEN p.gone THEN now() ELSE now() + $5::interval END,
+			last_error = CASE WHEN p.gone THEN NULL ELSE $6 END
+		FROM p WHERE e.ctid = p.at AND p.holder = $2 AND p.was = 'dead'
+		RETURNING coalesce(e.document_id, '00000000-0000-0000-0000-000000000000'::uuid)`,
+		index, token, ids, gone, micros(delay), why)
 	docs, err := scanIDs(rows, err)
 	return docs, wrap("recording absence", err)
 }
@@ -442,13 +462,13 @@ func (s *Store) Confirm(ctx context.Context, index, token corpus.ID, absent, aga
 // floor to raise, so they are kept for ever.
 func (s *Store) ClaimTombs(ctx context.Context, index corpus.ID, grace time.Duration, lease corpus.Lease) ([]corpus.ID, error) {
 	rows, err := s.pool.Query(ctx, `
-		WITH due AS (
-			SELECT e.chunk_id FROM index_entries e JOIN chunks c ON c.id = e.chunk_id
+		WITH due AS MATERIALIZED (
+			SELECT e.ctid AS at FROM index_entries e JOIN chunks c ON c.id = e.chunk_id
 			WHERE e.index_id = $1 AND e.state = 'dead' AND e.absent_at < now() - $5::interval AND e.not_before <= now()
 				AND c.document_id IS NOT NULL AND c.content_hash IS NOT NULL
 			ORDER BY e.absent_at LIMIT $2 FOR UPDATE OF e SKIP LOCKED)
 		UPDATE index_entries e SET lease_token = $3, lease_until = now() + $4::interval, not_before = now() + $4::interval
-		FROM due WHERE e.index_id = $1 AND e.chunk_id = due.chunk_id RETURNING e.chunk_id`,
+		FROM due WHERE e.ctid = due.at RETURNING e.chunk_id`,
 		index, lease.Max, lease.Token, micros(lease.For), micros(grace))
 	ids, err := scanIDs(rows, err)
 	return ids, wrap("claiming tombstones", err)
@@ -470,8 +490,9 @@ func (s *Store) Purge(ctx context.Context, ix corpus.Index, token corpus.ID, ids
 		if err := lockDocuments(ctx, tx, docs); err != nil {
 			return err
 		}
-		rows, err = tx.Query(ctx, `DELETE FROM index_entries WHERE index_id = $1 AND lease_token = $2 AND chunk_id = ANY ($3::uuid[])
-			AND state = 'dead' AND absent_at IS NOT NULL RETURNING chunk_id`, ix.ID, token, uuids(ids))
+		rows, err = tx.Query(ctx, byKey("$3::uuid[]", "id")+`
+			DELETE FROM index_entries e USING p WHERE e.ctid = p.at AND p.holder = $2
+			AND p.was = 'dead' AND p.gone_at IS NOT NULL RETURNING e.chunk_id`, ix.ID, token, uuids(ids))
 		gone, err := scanIDs(rows, err)
 		if err != nil {
 			return err
