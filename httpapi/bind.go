@@ -108,10 +108,40 @@ func unmarshal(body []byte, dst any, s strictness) error {
 		return refuse(http.StatusBadRequest, "invalid_json", "the body is empty; a JSON value was expected")
 	}
 	err := json.Unmarshal(body, dst, json.RejectUnknownMembers(bool(s)))
-	if err == nil {
+	if err != nil {
+		return decodeProblem(err)
+	}
+	return refuseNullElements(body)
+}
+
+// refuseNullElements points at a null in a list. As a field it counts as left out, but the
+// decoder would read it as zero in a list: encoders write NaN so, and a vector with a silent
+// zero is worse than none. Metadata may hold what it likes.
+func refuseNullElements(body []byte) error {
+	if !bytes.Contains(body, []byte("null")) {
 		return nil
 	}
-	return decodeProblem(err)
+	dec := jsontext.NewDecoder(bytes.NewReader(body))
+	for {
+		tok, err := dec.ReadToken()
+		if err != nil {
+			return nil // the end; anything else was found when the body was decoded
+		}
+		if tok.Kind() != jsontext.KindNull {
+			continue
+		}
+		if kind, _ := dec.StackIndex(dec.StackDepth()); kind != jsontext.KindBeginArray {
+			continue
+		}
+		at := dec.StackPointer()
+		var path []string
+		for t := range at.Tokens() {
+			path = append(path, t)
+		}
+		if path[0] != "metadata" && (len(path) < 3 || path[2] != "metadata") {
+			return invalidField(string(at), "wrong_type", "null is not accepted in a list")
+		}
+	}
 }
 
 // fieldRefusal is what the decoders of single fields return; the decoder adds the pointer.

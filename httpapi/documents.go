@@ -468,7 +468,8 @@ func (s *Server) patchDocument(c echo.Context) error {
 	if err := unmarshal(body, &in, strict); err != nil {
 		return err
 	}
-	if len(in.Metadata) == 0 {
+	// A null is no order to forget the metadata; {} is.
+	if len(in.Metadata) == 0 || in.Metadata.Kind() == jsontext.KindNull {
 		return invalidField("/metadata", "required", "give the new metadata; it replaces the old as a whole")
 	}
 	md, fe := metadataOf(in.Metadata)

@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -474,7 +473,7 @@ func (w *reply) send() {
 		r.WriteHeader(http.StatusOK)
 	}
 	// A reader that takes this long for one buffer is gone.
-	deadline(http.NewResponseController(r).SetWriteDeadline, time.Minute)
+	deadline(http.NewResponseController(r).SetWriteDeadline, writeTime)
 	_, w.err = r.Write(w.buf)
 	w.buf = w.buf[:0]
 }

@@ -220,15 +220,18 @@ func (s *Server) bound(rt *route) echo.MiddlewareFunc {
 			defer cancel()
 			c.SetRequest(r.WithContext(ctx))
 			s.limitBody(c)
-			// A slow sender or reader must not hold a slot for ever. The reply may take as long
-			// again as the work, so that a slow link can fetch a large one.
+			// A slow sender or reader must not hold a slot for ever. A large reply renews its
+			// deadline as it goes (see reply.send).
 			ctl := http.NewResponseController(c.Response())
 			deadline(ctl.SetReadDeadline, timeout)
-			deadline(ctl.SetWriteDeadline, 2*timeout)
+			deadline(ctl.SetWriteDeadline, timeout+writeTime)
 			return next(c)
 		}
 	}
 }
+
+// writeTime is what a reply has beyond the time for its work.
+const writeTime = time.Minute
 
 // deadline sets one if the connection has any: an in-process recorder has none.
 func deadline(set func(time.Time) error, after time.Duration) {

@@ -154,7 +154,7 @@ func (s *Server) writeOpenAIProblem(c echo.Context, p *problem) error {
 	}
 	return writeJSON(c, status, struct {
 		Error inner `json:"error"`
-	}{inner{p.Detail, kind, param, code}})
+	}{inner{p.plainDetail(), kind, param, code}})
 }
 
 // openAIParam turns /input/3 into input[3].

@@ -7,6 +7,7 @@ import (
 	"math"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -26,7 +27,7 @@ type problem struct {
 	RequestID string              `json:"request_id,omitempty"`
 	Errors    []corpus.FieldError `json:"errors,omitempty"`
 	// Limit is the bound that was exceeded (413).
-	Limit int64 `json:"limit,omitempty"`
+	Limit int64 `json:"limit,omitzero"`
 	// Checks names what is ready and what is not (readyz).
 	Checks []checkJSON `json:"checks,omitempty"`
 
@@ -170,6 +171,14 @@ func bodyTooLarge(limit int64) *problem {
 	p := refuse(http.StatusRequestEntityTooLarge, "body_too_large", "the body is larger than %d bytes; send less at once, or stream documents as application/x-ndjson", limit)
 	p.Limit = limit
 	return p
+}
+
+// plainDetail is the detail for contracts that have no place for pointers in their messages.
+func (p *problem) plainDetail() string {
+	if len(p.Errors) == 1 {
+		return strings.TrimPrefix(p.Detail, p.Errors[0].Pointer+": ")
+	}
+	return p.Detail
 }
 
 // retryAfterSeconds renders a wait for the header, in whole seconds, at least one.

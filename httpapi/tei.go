@@ -412,5 +412,5 @@ func (s *Server) writeTEIProblem(c echo.Context, p *problem) error {
 		ErrorType string `json:"error_type"`
 		Code      string `json:"code"`
 		RequestID string `json:"request_id"`
-	}{p.Detail, kind, p.Code, p.RequestID})
+	}{p.plainDetail(), kind, p.Code, p.RequestID})
 }
