@@ -229,8 +229,8 @@ var weightFormats = []struct {
 }
 
 // openCheckpoint opens the weight files: one, or the set that an index names, and the heads.
-func openCheckpoint(files *source, d *description) (ck *checkpoint, err error) {
-	ck = &checkpoint{tensors: map[string]*tensor{}, digests: map[string]string{}}
+func openCheckpoint(files *source, d *description) (_ *checkpoint, err error) {
+	ck := &checkpoint{tensors: map[string]*tensor{}, digests: map[string]string{}}
 	defer func() {
 		if err != nil {
 			ck.Close()

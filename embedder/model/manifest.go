@@ -25,7 +25,7 @@ const (
 
 // formatVersion numbers the layout of a built directory and of the graphs in it. A build
 // made under another number is made again.
-const formatVersion = 1
+const formatVersion = 2
 
 // schemeVersion numbers everything between the checkpoint's numbers and a vector that is
 // not in the checkpoint: pooling rules, quantisation, normalisation. It is part of the

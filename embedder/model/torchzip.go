@@ -81,7 +81,8 @@ func readTorch(file string, r io.ReaderAt, size int64) ([]*tensor, error) {
 			name: name, dtype: ref.storage.dtype, shape: ref.shape,
 			src: r, off: start + ref.offset*width, file: file,
 		}
-		if ref.offset == 0 && int64(t.elements()) == ref.storage.count {
+		// Zero means that no checksum was taken, to archive/zip and here.
+		if ref.offset == 0 && int64(t.elements()) == ref.storage.count && f.CRC32 != 0 {
 			t.crc = &f.CRC32
 		}
 		list = append(list, t)
