@@ -18,7 +18,9 @@ import (
 	"github.com/lockstep-db/lockstep/internal/corpus"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("github.com/lockstep-db/lockstep/store/postgres/pgtest.(*Server).spawn.func1"))
+}
 
 // world is a ledger and an index in memory, which a test may bring out of step at will.
 type world struct {
