@@ -102,17 +102,19 @@ func int8Value(b []byte) int64 {
 	return int64(binary.BigEndian.Uint64(b))
 }
 
+const bucketCounts = `
+	SELECT bucket, state = 'indexed', count(*) FROM index_entries
+	WHERE index_id = $1 AND state <> 'dead' GROUP BY bucket, state
+	UNION ALL
+	SELECT bucket, false, count(*) FROM index_entries
+	WHERE index_id = $1 AND state = 'dead' AND absent_at IS NULL GROUP BY bucket`
+
 // BucketCounts returns, per id bucket of the index, how many entries are settled in the index
 // (their points must be there) and how many are not (their points may be): pending, failed,
 // and dead ones whose deletion was not confirmed. Both slices have [corpus.Buckets] elements.
 func (s *Store) BucketCounts(ctx context.Context, ix corpus.Index) (settled, unsettled []int64, err error) {
 	settled, unsettled = make([]int64, corpus.Buckets), make([]int64, corpus.Buckets)
-	rows, err := s.pool.Query(ctx, `
-		SELECT bucket, state = 'indexed', count(*) FROM index_entries
-		WHERE index_id = $1 AND state <> 'dead' GROUP BY bucket, state
-		UNION ALL
-		SELECT bucket, false, count(*) FROM index_entries
-		WHERE index_id = $1 AND state = 'dead' AND absent_at IS NULL GROUP BY bucket`, ix.ID)
+	rows, err := s.pool.Query(ctx, bucketCounts, ix.ID)
 	if err != nil {
 		return nil, nil, wrap("counting the ledger's buckets", err)
 	}
