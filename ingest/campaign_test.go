@@ -4,8 +4,11 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"log/slog"
 	"maps"
 	"math/rand/v2"
+	"os"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -22,6 +25,7 @@ import (
 
 var (
 	campaignSeed = flag.Uint64("campaign.seed", 0, "replay the campaign's history of this seed; 0 runs campaign.n histories")
+	campaignLog  = flag.Bool("campaign.log", false, "log what the last instance of each history does")
 	campaignN    = flag.Int("campaign.n", 30, "histories of the campaign")
 )
 
@@ -168,8 +172,12 @@ func (h *history) spawn(faulty bool) {
 	if h.purge {
 		grace = time.Millisecond
 	}
+	var log *slog.Logger
+	if !faulty && *campaignLog {
+		log = slog.New(slog.NewTextHandler(os.Stderr, nil))
+	}
 	svc := ingest.New(ingest.Config{
-		Ledger: faultyLedger{h.store, p}, Index: faultyIndex{h.index, p}, Embedder: fake.New(4, corpus.Dense), Owner: h.owner,
+		Logger: log, Ledger: faultyLedger{h.store, p}, Index: faultyIndex{h.index, p}, Embedder: fake.New(4, corpus.Dense), Owner: h.owner,
 		Workers: 2, BatchPoints: 1 + h.dice.n(4), QueueEntries: 1 + h.dice.n(8), AcceptDocuments: 1 + h.dice.n(4),
 		Lease: 60 * time.Millisecond, Poll: 4 * time.Millisecond, Upkeep: 10 * time.Millisecond, Grace: grace,
 		Drain: time.Second, Pause: time.Millisecond, At: p.at,
@@ -467,7 +475,14 @@ func (h *history) settle(docs []string) {
 		}
 		<-time.After(5 * time.Millisecond)
 	}
-	h.fail("P5: after faults stopped, %d entries and %d documents do not settle", entries, unswitched)
+	var detail string
+	if err := h.pool.QueryRow(context.Background(), `SELECT coalesce(string_agg(row_to_json(e)::text, E'\n'), '') FROM lockstep.index_entries e JOIN lockstep.indexes i ON i.id = e.index_id
+		JOIN lockstep.collections c ON c.id = i.collection_id WHERE c.name = $1 AND (e.state IN ('pending', 'failed') OR e.state = 'indexed' AND e.meta_version <> e.want_meta OR e.state = 'dead' AND e.absent_at IS NULL)`, h.name).Scan(&detail); err != nil {
+		h.fail("settling: %v", err)
+	}
+	h.fail("P5: after faults stopped, %d entries and %d documents do not settle\n%s", entries, unswitched, detail)
+	buf := make([]byte, 1<<20)
+	fmt.Fprintf(os.Stderr, "%s\n", buf[:runtime.Stack(buf, true)])
 }
 
 // final compares both stores with the model.

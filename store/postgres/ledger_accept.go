@@ -460,6 +460,7 @@ func killChunks(ctx context.Context, tx pgx.Tx, ix liveIndexes, ids [][16]byte) 
 	var b pgx.Batch
 	b.Queue("UPDATE chunks SET text = NULL WHERE id = ANY ($1::uuid[]) AND died_version IS NOT NULL", ids)
 	b.Queue("DELETE FROM chunk_vectors WHERE chunk_id = ANY ($1::uuid[])", ids)
+	lockEntries(&b, ix, ids)
 	for _, index := range ix.all {
 		b.Queue(byKey("$2::uuid[]", "id")+`
 			UPDATE index_entries e SET state = 'dead', lease_token = NULL, lease_until = NULL, attempts = 0, not_before = now(),
@@ -671,7 +672,14 @@ func wantMetadata(ctx context.Context, tx pgx.Tx, ix liveIndexes, docs [][16]byt
 	if len(docs) == 0 {
 		return nil
 	}
-	_, err := tx.Exec(ctx, `
+	rows, err := tx.Query(ctx, "SELECT id FROM chunks WHERE document_id = ANY ($1::uuid[]) AND text IS NOT NULL", docs)
+	chunks, err := scanIDs(rows, err)
+	if err != nil {
+		return err
+	}
+	var b pgx.Batch
+	lockEntries(&b, ix, uuids(chunks))
+	b.Queue(`
 		WITH w AS MATERIALIZED (
 			SELECT f.at, f.was, f.wanted, CASE WHEN c.born_version <= d.serving_version AND coalesce(c.died_version > d.serving_version, true)
 				THEN sv.meta_version ELSE tv.meta_version END AS meta
@@ -687,7 +695,7 @@ func wantMetadata(ctx context.Context, tx pgx.Tx, ix liveIndexes, docs [][16]byt
 			attempts = CASE WHEN e.state = 'indexed' THEN 0 ELSE e.attempts END,
 			not_before = CASE WHEN e.state = 'indexed' THEN now() ELSE e.not_before END
 		FROM w WHERE e.ctid = w.at AND w.was <> 'dead' AND w.wanted <> w.meta`, uuids(ix.all), docs)
-	return err
+	return tx.SendBatch(ctx, &b).Close()
 }
 
 // rearm gives the failed entries of unchanged documents another life: whoever sends a document

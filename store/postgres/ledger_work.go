@@ -269,10 +269,22 @@ func recordResults(ctx context.Context, tx pgx.Tx, index corpus.ID, results []co
 // named id. It looks each one up by the primary key, whatever the planner believes: for an
 // index that is new since the last ANALYZE it expects one row, and would rather read them all.
 // For the same reason conditions are put on p, which holds the locked rows as they are.
+//
+// A row that is changed by somebody else while the statement waits for its lock is passed over.
+// That suits whoever holds a lease, for such a change ends it; others lock the rows in a
+// statement before, see lockEntries.
 func byKey(arrays, names string) string {
 	return "WITH p AS MATERIALIZED (SELECT a.*, f.* FROM unnest(" + arrays + ") AS a (" + names + `) CROSS JOIN LATERAL (
 		SELECT e.ctid AS at, e.state AS was, e.lease_token AS holder, e.absent_at AS gone_at
 		FROM index_entries e WHERE e.index_id = $1 AND e.chunk_id = a.id FOR UPDATE) f)`
+}
+
+// lockEntries locks the entries of chunks in all indexes, so that a following statement sees and
+// changes each of them, also one that a claim was just about to lease.
+func lockEntries(b *pgx.Batch, ix liveIndexes, chunks [][16]byte) {
+	for _, index := range ix.all {
+		b.Queue(byKey("$2::uuid[]", "id")+" SELECT count(*) FROM p", index, chunks)
+	}
 }
 
 // switchVersions moves serving_version to the target of those locked documents whose target
