@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"io"
+	"log"
 	"log/slog"
 	"maps"
 	"net/http"
@@ -375,8 +376,15 @@ func setup(t *testing.T, edit func(*Config, *bench)) *bench {
 		t.Fatal(err)
 	}
 	b.server = s
-	ts := httptest.NewServer(s.Handler())
-	t.Cleanup(ts.Close)
+	ts := httptest.NewUnstartedServer(s.Handler())
+	ts.Config.ErrorLog = log.New(b.logs, "net/http: ", 0)
+	ts.Start()
+	t.Cleanup(func() {
+		ts.Close()
+		if strings.Contains(b.logs.String(), "panic serving") {
+			t.Errorf("a panic reached net/http:\n%s", b.logs.String())
+		}
+	})
 	b.url = ts.URL
 	return b
 }

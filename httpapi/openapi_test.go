@@ -457,7 +457,7 @@ func (g *generator) bound(schema tree, key string, fallback int) int {
 
 // damage changes one thing somewhere in v.
 func (g *generator) damage(v any) any {
-	odd := []any{nil, true, -1, 1e30, "", "\x00", []any{}, map[string]any{}, strings.Repeat("y", 600), []any{map[string]any{"x": nil}}, 0.5, "2147483648"}
+	odd := []any{nil, true, -1, 1e30, "", "\x00", []any{}, map[string]any{}, strings.Repeat("y", 600), []any{map[string]any{"x": 0}}, 0.5, "2147483648"}
 	switch x := v.(type) {
 	case map[string]any:
 		if len(x) == 0 || g.rng.IntN(4) == 0 {

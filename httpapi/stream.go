@@ -62,6 +62,11 @@ func (s *Server) streamDocuments(c echo.Context, collection string, wait bool) e
 	// Without full duplex, net/http would swallow the rest of an HTTP/1 body before the first
 	// byte of the reply. HTTP/2 is always duplex, and a recorder in a test does not matter.
 	_ = ctl.EnableFullDuplex()
+	if c.Request().ProtoMajor == 1 {
+		// A stream may end before its body does, and net/http must not take the rest of it for
+		// the next request. Closing also makes it wait until the caller has read the answer.
+		c.Response().Header().Set("Connection", "close")
+	}
 
 	lines := make(chan line, streamBatch)
 	ahead := semaphore.NewWeighted(streamAhead)

@@ -245,6 +245,26 @@ func TestStreamErrorsBeforeAndAfterTheFirstAnswer(t *testing.T) {
 	b.want(b.do("POST", "/documents", "\n\n", "Content-Type", ndjson), 400, "empty_input", "")
 }
 
+// TestStreamThatEndsEarlyIsStillRead: the caller goes on sending and has to see the reason.
+func TestStreamThatEndsEarlyIsStillRead(t *testing.T) {
+	t.Parallel()
+	b := setup(t, func(_ *Config, b *bench) {
+		n := 0
+		b.ledger.fail = func(string) error {
+			n++
+			if n > 3 {
+				return corpus.Errorf(corpus.Conflict, "collection_stopped", "stopped")
+			}
+			return nil
+		}
+	})
+	a := b.send("POST", "/documents", &endless{n: 1 << 30, size: 200}, "Content-Type", ndjson)
+	all := lines(t, a.body)
+	if last := all[len(all)-1]; a.status != 200 || last["error"] == nil || last["status"] != nil {
+		t.Errorf("%d, last line %v", a.status, last)
+	}
+}
+
 func TestStreamWaitsOutAFullQueue(t *testing.T) {
 	t.Parallel()
 	left := 2

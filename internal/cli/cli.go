@@ -108,9 +108,9 @@ func (e *Env) flags(command, synopsis, about string) *flag.FlagSet {
 	set.SetOutput(io.Discard)
 	set.Usage = func() {
 		set.SetOutput(e.Stdout)
+		defer set.SetOutput(io.Discard)
 		fmt.Fprintf(e.Stdout, "Usage: lockstep %s %s\n\n%s\n\nFlags:\n", command, synopsis, about)
 		set.PrintDefaults()
-		set.SetOutput(io.Discard)
 	}
 	return set
 }
@@ -118,9 +118,12 @@ func (e *Env) flags(command, synopsis, about string) *flag.FlagSet {
 // parse reads the arguments. ok is false when the command is done already (help, or wrong
 // usage), with its code.
 func (e *Env) parse(set *flag.FlagSet) (operands []string, code int, ok bool) {
+	help := set.Usage
+	set.Usage = func() {} // flag calls it for errors too, where it would hide them
 	operands, err := ParseFlags(set, e.Args)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
+		help()
 		return nil, ExitOK, false
 	case err != nil:
 		return nil, e.usage(set.Name(), "%s", strings.TrimPrefix(err.Error(), "flag provided but ")), false

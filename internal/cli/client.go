@@ -227,6 +227,31 @@ func (c *Client) Cancel(ctx context.Context, id corpus.ID) error {
 	return c.call(ctx, http.MethodDelete, "/admin/reconcile/"+id.String(), nil, nil)
 }
 
+// Explain asks for everything both stores know about one id.
+func (c *Client) Explain(ctx context.Context, query, collection string) (corpus.Explanation, error) {
+	q := url.Values{"id": {query}}
+	if collection != "" {
+		q.Set("collection", collection)
+	}
+	var out corpus.Explanation
+	err := c.call(ctx, http.MethodGet, "/admin/explain?"+q.Encode(), nil, &out)
+	return out, err
+}
+
+// AdoptRollback makes the restored Postgres the truth for the collection.
+func (c *Client) AdoptRollback(ctx context.Context, collection string) error {
+	return c.rollback(ctx, collection, "adopt")
+}
+
+// DiscardRollback has the collection's index built again.
+func (c *Client) DiscardRollback(ctx context.Context, collection string) error {
+	return c.rollback(ctx, collection, "discard")
+}
+
+func (c *Client) rollback(ctx context.Context, collection, decision string) error {
+	return c.call(ctx, http.MethodPost, "/admin/rollback", map[string]string{"collection": collection, "decision": decision}, nil)
+}
+
 // backoff says how long to wait before the next attempt.
 type backoff struct{ n int }
 

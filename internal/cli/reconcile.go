@@ -16,6 +16,9 @@ type Reconciler interface {
 	Start(ctx context.Context, req corpus.ReconcileRequest) (corpus.ID, error)
 	Run(ctx context.Context, id corpus.ID) (corpus.RunReport, error)
 	Cancel(ctx context.Context, id corpus.ID) error
+	Explain(ctx context.Context, query, collection string) (corpus.Explanation, error)
+	AdoptRollback(ctx context.Context, collection string) error
+	DiscardRollback(ctx context.Context, collection string) error
 }
 
 // ReconcileOptions are the parsed arguments of `lockstep reconcile`.
@@ -28,6 +31,8 @@ type ReconcileOptions struct {
 	Server string
 	// ExplainID asks what both stores know of one id, instead of a run.
 	ExplainID string
+	// Rollback, adopt or discard, ends the stop of a collection, instead of a run.
+	Rollback string
 	// DirectArgs are what follows "--": flags of the configuration, for --direct.
 	DirectArgs []string
 }
@@ -47,6 +52,7 @@ func ParseReconcile(e *Env) (o ReconcileOptions, code int, ok bool) {
 	set.BoolVar(&o.Request.Resume, "resume", false, "go on with the last unfinished run")
 	set.StringVar(&o.Request.DeleteForeign, "delete-foreign", "", "delete points of this foreign owner (a UUID, or none for unsigned points); needs --repair")
 	set.StringVar(&o.ExplainID, "explain", "", "show everything both stores know about one chunk or document id, and the verdict")
+	set.StringVar(&o.Rollback, "rollback", "", "decide for a collection whose Postgres was rolled back: adopt what Postgres says, or discard the index and build it again; needs --collection")
 	set.BoolVar(&o.Quiet, "quiet", false, "draw no progress")
 	set.BoolVar(&o.Direct, "direct", false, "work on the stores themselves, without a server")
 	args := e.Args
@@ -78,6 +84,12 @@ func ParseReconcile(e *Env) (o ReconcileOptions, code int, ok bool) {
 		fault = "--max-deletes is a share from 0 to 1"
 	case (o.Request.Force || o.Request.MaxDeletes > 0 || o.Request.DeleteForeign != "") && !o.Request.Repair:
 		fault = "--force, --max-deletes and --delete-foreign need --repair"
+	case o.Rollback != "" && !oneOf(o.Rollback, "adopt", "discard"):
+		fault = "--rollback is adopt or discard"
+	case o.Rollback != "" && *collection == "":
+		fault = "--rollback needs --collection: it is decided for one at a time"
+	case o.Rollback != "" && (o.Request.Repair || o.ExplainID != ""):
+		fault = "--rollback goes alone; repair in the next run"
 	case len(o.DirectArgs) > 0 && !o.Direct:
 		fault = "configuration flags after -- need --direct"
 	}
@@ -93,9 +105,16 @@ const pollEvery = 500 * time.Millisecond
 // cancelTime bounds the request that cancels a run after the command was interrupted.
 const cancelTime = 10 * time.Second
 
-// Reconcile starts a run on r, follows it to its end and reports. Interrupted, it cancels the
-// run: what was repaired stays repaired, and --resume goes on from there.
+// Reconcile does what o asks of r: explains an id, decides about a rollback, or starts a run,
+// follows it to its end and reports. Interrupted, it cancels the run: what was repaired stays
+// repaired, and --resume goes on from there.
 func Reconcile(ctx context.Context, e *Env, r Reconciler, o ReconcileOptions) int {
+	switch {
+	case o.ExplainID != "":
+		return explain(ctx, e, r, o)
+	case o.Rollback != "":
+		return decide(ctx, e, r, o)
+	}
 	var id corpus.ID
 	err := e.patiently(ctx, 5, func() (err error) {
 		id, err = r.Start(ctx, o.Request)
@@ -251,7 +270,7 @@ func writeCollection(p func(string, ...any), run *corpus.RunReport, c *corpus.Co
 	case left == 0:
 		p("consistent now; %s repaired and read back\n", plural(total, "difference"))
 	case run.Repair:
-		p("%s remain of %s\n", count(left), count(total))
+		p("%s of %s left\n", count(left), plural(total, "difference"))
 	default:
 		p("%s\n", plural(total, "difference"))
 	}
@@ -329,9 +348,19 @@ func RemoteReconcile(ctx context.Context, e *Env, o ReconcileOptions) int {
 		return e.usage("reconcile", "%s", err)
 	}
 	defer client.Close()
-	if o.ExplainID != "" {
-		return explainRemote(ctx, e, client, o)
+	return Reconcile(ctx, e, client, o)
+}
+
+// decide ends the stop of a rolled back collection.
+func decide(ctx context.Context, e *Env, r Reconciler, o ReconcileOptions) int {
+	name := o.Request.Collection
+	do, then := r.AdoptRollback, "What this Postgres does not know is an orphan now; look, then repair:\n  lockstep reconcile --collection %s --depth full\n"
+	if o.Rollback == "discard" {
+		do, then = r.DiscardRollback, "The index is built again from Postgres; watch it with:\n  lockstep reconcile --collection %s --depth full\n"
 	}
-	code := Reconcile(ctx, e, client, o)
-	return code
+	if err := do(ctx, name); err != nil {
+		return e.failure(ctx, "reconcile", err)
+	}
+	e.printf("Collection %s: decided (%s). "+then, name, o.Rollback, name)
+	return ExitOK
 }
