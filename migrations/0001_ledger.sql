@@ -118,6 +118,9 @@ CREATE TABLE chunks (
 -- Reconcile walks this with index-only scans.
 CREATE UNIQUE INDEX chunks_walk ON chunks (collection_id, id) INCLUDE (document_id, gen, died_version);
 CREATE INDEX chunks_document ON chunks (document_id);
+-- For the highest gen in use, asked for when Postgres restarted. Numbers grow with the table, so
+-- a summary of its pages does, at next to no cost for writers.
+CREATE INDEX chunks_gen ON chunks USING brin (gen);
 
 -- Vectors that callers brought: whatever Lockstep cannot compute again, Postgres keeps.
 CREATE TABLE chunk_vectors (

@@ -4,15 +4,26 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
 	"github.com/lockstep-db/lockstep/internal/corpus"
 )
 
-// GenStride is how far the sequence jumps when the history of this Postgres is in doubt. A
-// restored backup must have lost fewer numbers than this for promise P8 to hold.
+// GenStride is how far the sequence jumps, at the least, when the history of this Postgres is
+// in doubt. A jump also leads at least to the number of seconds since jumpEpoch times the stride:
+// two histories that part from one backup would otherwise jump alike, and the later one would
+// hand out again what the lost one did after its own restarts. As long as fewer than a stride of
+// numbers are taken per second, a jump passes all that any earlier history handed out.
 const GenStride = 1 << 20
+
+// jumpEpoch is 2020-01-01 in Unix seconds: 2^53 numbers then last 272 years.
+const jumpEpoch = 1_577_836_800
+
+// seqLogValues is how many numbers Postgres logs ahead of those it hands out (SEQ_LOG_VALS):
+// after a crash or a restore the sequence stands up to that far above the last one used.
+const seqLogValues = 32
 
 // marksQuery tells one life of one Postgres from any other: another server, a promoted
 // standby, a restart (every restore needs one), a recreated sequence. It works in any schema
@@ -84,7 +95,16 @@ func (s *Store) moveHistory(ctx context.Context, why string, force bool) error {
 		if err := tx.QueryRow(ctx, "SELECT last_value + is_called::int FROM gen").Scan(&next); err != nil {
 			return err
 		}
-		to := next + GenStride
+		to := max(next+GenStride, (time.Now().Unix()-jumpEpoch)*GenStride)
+		if to >= maxRaise {
+			return corpus.Errorf(corpus.Conflict, "sequence_exhausted", "the gen sequence stands at %d and cannot jump any more; is the clock right?", next)
+		}
+		// What was logged ahead and is not used here may have been used in the lost time.
+		if err := tx.QueryRow(ctx, "SELECT greatest($1::bigint - $2, 1 + coalesce((SELECT max(gen) FROM chunks WHERE gen >= $1::bigint - $2), 0))",
+			next, seqLogValues).Scan(&next); err != nil {
+			return err
+		}
+		next = max(next, 1)
 		if _, err := tx.Exec(ctx, "INSERT INTO gen_gaps (lo, hi, reason) VALUES ($1, $2, $3)", next, to-1, why); err != nil {
 			return err
 		}

@@ -430,7 +430,7 @@ func (s *Store) RaiseMetadata(ctx context.Context, collection corpus.ID, seen ma
 	})
 }
 
-// maxRaise leaves half of the sequence's range (2^53) to numbers that are handed out.
+// maxRaise leaves half of the sequence's range (2^53) to numbers that come after a jump.
 const maxRaise = 1 << 52
 
 // ClaimDead leases dead entries of an index whose points are not known to be absent, unless
