@@ -3,6 +3,7 @@ package postgres
 import (
 	"context"
 	"errors"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -194,8 +195,11 @@ func (s *Store) DiscardIndex(ctx context.Context, collection corpus.ID) ([]corpu
 func adopt(ctx context.Context, tx pgx.Tx, collection corpus.ID) error {
 	var b pgx.Batch
 	// Everything below the present number is history, lost or not.
-	b.Queue(`UPDATE collections SET stopped_at = NULL, stop_reason = NULL, floor_base = floor_base + $2,
-		adopted_gen = (SELECT last_value FROM gen) WHERE id = $1`, collection, GenStride)
+	// Like a jump of the sequence, a floor follows the clock, so that it passes those that a lost
+	// history has adopted. 64 incarnations a minute are more than purges can use up, and last
+	// until 2083.
+	b.Queue(`UPDATE collections SET stopped_at = NULL, stop_reason = NULL, floor_base = greatest(floor_base + 64, $2),
+		adopted_gen = (SELECT last_value FROM gen) WHERE id = $1`, collection, (time.Now().Unix()-jumpEpoch)/60*64)
 	b.Queue("UPDATE indexes SET nonce = NULL, previous_nonce = NULL, stamped_at = NULL WHERE collection_id = $1", collection)
 	b.Queue(`UPDATE index_entries e SET state = 'pending', need = 'rewrite', meta_version = 0, attempts = 0, not_before = now(),
 			lease_token = NULL, lease_until = NULL, last_error = NULL, changed_at = now()
