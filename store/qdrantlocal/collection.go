@@ -1,7 +1,6 @@
 package qdrantlocal
 
 import (
-	"encoding/binary"
 	"fmt"
 	"sync"
 
@@ -270,8 +269,10 @@ func (c *collection) commit() (ticket, error) {
 // 1,024 floats takes a little over 1 MiB.
 const keepScratch = 8 << 20
 
-func (c *collection) begin(kind recordKind, n int) {
-	c.scratch = binary.AppendUvarint(beginRecord(c.scratch, kind), uint64(n))
+// begin starts a record in scratch. The number of its items, which done puts in, is not
+// known yet. The caller holds writer.
+func (c *collection) begin(kind recordKind) {
+	c.scratch = append(beginRecord(c.scratch, kind), make([]byte, countSize)...)
 }
 
 // snapshotChunk appends live points in id order, from the id on, to buf as the body of a
@@ -280,9 +281,8 @@ func (c *collection) begin(kind recordKind, n int) {
 func (c *collection) snapshotChunk(buf []byte, from pointID, limit int) (out []byte, next pointID, points int, done bool) {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
-	// The count is not known yet: a varint of five bytes is reserved for it.
 	head := len(buf)
-	buf = append(buf, 0, 0, 0, 0, 0)
+	buf = append(buf, make([]byte, countSize)...)
 	done = true
 	c.ids.Ascend(idSlot{id: from}, func(e idSlot) bool {
 		if len(buf) >= limit {
@@ -299,10 +299,7 @@ func (c *collection) snapshotChunk(buf []byte, from pointID, limit int) (out []b
 		points++
 		return true
 	})
-	for i := range 4 {
-		buf[head+i] = 0x80 | byte(points>>(7*i))&0x7f
-	}
-	buf[head+4] = byte(points >> 28)
+	putCount(buf[head:], points)
 	return buf, next, points, done
 }
 

@@ -3,6 +3,7 @@ package qdrantlocal
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
@@ -156,7 +157,7 @@ func (cs *collectionsService) Delete(_ context.Context, req *qdrant.DeleteCollec
 	c.mu.Unlock()
 	c.writer.Unlock()
 	if err := errors.Join(c.log.discard(), os.RemoveAll(c.dir)); err != nil {
-		s.logger.Warn("files of a deleted collection remain until the next start", "collection", name, "err", err)
+		s.logger.Warn("files of a deleted collection remain until the next start", slog.String("collection", name), slog.Any("err", err))
 	}
 	return operationResult(true, start), nil
 }

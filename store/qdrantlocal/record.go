@@ -219,4 +219,15 @@ func (d *decoder) vector(cols []*vectorColumn, scratch *[]float32) numberedVecto
 // stringBytes views a string's bytes, which must not be changed.
 func stringBytes(s string) []byte { return unsafe.Slice(unsafe.StringData(s), len(s)) }
 
+// countSize is the room of a count that is put in later.
+const countSize = 5
+
+// putCount writes n as a varint of exactly countSize bytes.
+func putCount(b []byte, n int) {
+	for i := range countSize - 1 {
+		b[i] = 0x80 | byte(n>>(7*i))&0x7f
+	}
+	b[countSize-1] = byte(n >> (7 * (countSize - 1)))
+}
+
 func appendCount(b []byte, n int) []byte { return binary.AppendUvarint(b, uint64(n)) }

@@ -18,8 +18,8 @@ type hit struct {
 	version uint64
 }
 
-// better orders hits: by score, NaN first as the real server's order has it, equal scores by
-// id, of which the real server promises nothing.
+// better orders hits: by score, NaN first as in the real server's order (fused scores may be
+// NaN), equal scores by id, of which the real server promises nothing.
 func better(a, b hit) bool {
 	if a.score != b.score {
 		aNaN, bNaN := a.score != a.score, b.score != b.score
@@ -231,7 +231,8 @@ func (s *Server) search(ctx context.Context, c *collection, q *nearest) ([]hit, 
 			}
 		}
 		sim, ok := score(slot)
-		if !ok || top.beaten(sim) {
+		// What compares with nothing is not found: a vector that is not finite may be stored.
+		if !ok || sim != sim || top.beaten(sim) {
 			return
 		}
 		top.add(hit{id: c.slotIDs.at(slot), slot: slot, score: sim, version: c.versions.at(slot)})

@@ -301,7 +301,7 @@ func (s *Server) maintain(c *collection) {
 		defer s.background.Done()
 		start := time.Now()
 		if err := c.log.compact(c); err != nil {
-			s.logger.Error("compaction failed; it is tried again with the next write",
+			s.logger.Error("compaction failed; it is tried again with a write after half a minute",
 				slog.String("collection", c.name), slog.Any("err", err))
 			return
 		}

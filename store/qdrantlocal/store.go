@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 )
 
 // A collection's directory holds generations. snap-G is the whole collection as it was when
@@ -29,6 +30,9 @@ const (
 	// snapshotRecord is the size of a snapshot's records, written under one hold of the
 	// read lock: about 1 ms.
 	snapshotRecord = 1 << 20
+
+	// compactRetry is the pause after a compaction failed, most likely for want of space.
+	compactRetry = 30 * time.Second
 )
 
 // store is a collection's files.
@@ -47,7 +51,9 @@ type store struct {
 	snapshot int64
 	// compacting is closed when the compaction that is under way ends, nil if none is.
 	compacting chan struct{}
-	closed     bool
+	// retry is when a compaction may be tried again after one failed.
+	retry  time.Time
+	closed bool
 }
 
 // ticket is a place in a log to wait for.
@@ -100,7 +106,7 @@ func (s *store) due() (begin bool, wait <-chan struct{}) {
 	defer s.mu.Unlock()
 	size := s.older + s.cur.size()
 	if s.compacting == nil {
-		return size > s.threshold() && !s.closed, nil
+		return size > s.threshold() && !s.closed && time.Now().After(s.retry), nil
 	}
 	if size > 4*s.threshold() {
 		return false, s.compacting
@@ -152,6 +158,9 @@ func (s *store) compact(c *collection) (err error) {
 	defer func() {
 		s.mu.Lock()
 		s.compacting = nil
+		if err != nil {
+			s.retry = time.Now().Add(compactRetry)
+		}
 		s.mu.Unlock()
 		close(done)
 	}()

@@ -16,6 +16,10 @@ type pointsService struct {
 	s *Server
 }
 
+// splitRecord is the size at which a change of many payloads goes on in a new record, so
+// that a filter that matches everything does not need the collection's size in memory.
+const splitRecord = 4 << 20
+
 // maxMultivector is the real server's bound on the floats of one multivector.
 const maxMultivector = 1 << 20
 
@@ -25,20 +29,34 @@ type writeResult struct {
 	ticket ticket
 }
 
-// write runs change under the collection's writer lock and answers as the API does: with
-// wait, once the change is on disk; without, once it is applied and with the system.
-func (ps *pointsService) write(name string, wait bool, keys *qdrant.ShardKeySelector, change func(c *collection) (writeResult, error)) (*qdrant.PointsOperationResponse, error) {
+// operation validates an update and does what needs no lock; the change it returns then
+// runs under the collection's writer lock.
+type operation func(c *collection) (change, error)
+
+// change resolves an update against the present state and commits it.
+type change func() (writeResult, error)
+
+// locked is an operation that does everything under the lock.
+func locked(f func(c *collection) (writeResult, error)) operation {
+	return func(c *collection) (change, error) {
+		return func() (writeResult, error) { return f(c) }, nil
+	}
+}
+
+// write runs an operation and answers as the API does: with wait, once the change is on
+// disk; without, once it is applied and with the system.
+func (ps *pointsService) write(name string, wait bool, keys *qdrant.ShardKeySelector, op operation) (*qdrant.PointsOperationResponse, error) {
 	start := time.Now()
-	rs, err := ps.writeAll(name, wait, keys, []func(c *collection) (writeResult, error){change})
+	rs, err := ps.writeAll(name, wait, keys, []operation{op})
 	if err != nil {
 		return nil, err
 	}
 	return &qdrant.PointsOperationResponse{Result: rs[0], Time: seconds(start)}, nil
 }
 
-// writeAll runs changes one after another; the first error ends it, with what preceded it
-// applied.
-func (ps *pointsService) writeAll(name string, wait bool, keys *qdrant.ShardKeySelector, changes []func(c *collection) (writeResult, error)) ([]*qdrant.UpdateResult, error) {
+// writeAll runs operations one after another; the first change that fails ends it, with
+// those before it applied.
+func (ps *pointsService) writeAll(name string, wait bool, keys *qdrant.ShardKeySelector, ops []operation) ([]*qdrant.UpdateResult, error) {
 	if err := checkCollectionName(name, false); err != nil {
 		return nil, err
 	}
@@ -48,6 +66,12 @@ func (ps *pointsService) writeAll(name string, wait bool, keys *qdrant.ShardKeyS
 	c, err := ps.s.find(name)
 	if err != nil {
 		return nil, err
+	}
+	changes := make([]change, len(ops))
+	for i, op := range ops {
+		if changes[i], err = op(c); err != nil {
+			return nil, err
+		}
 	}
 	ps.s.maintain(c)
 	st := qdrant.UpdateStatus_Acknowledged
@@ -63,7 +87,7 @@ func (ps *pointsService) writeAll(name string, wait bool, keys *qdrant.ShardKeyS
 			break
 		}
 		var r writeResult
-		if r, err = change(c); err != nil {
+		if r, err = change(); err != nil {
 			break
 		}
 		if r.ticket.log != nil {
@@ -95,55 +119,63 @@ func checkShardKeys(k *qdrant.ShardKeySelector) error {
 	return nil
 }
 
-// done ends a change: it commits what was begun, or nothing if no point was affected.
+// done ends the record that was begun, of n items, and commits it.
 func (c *collection) done(n int) (writeResult, error) {
 	if n == 0 {
 		// Nothing to log. What is waited for is that everything before is on disk: the
 		// answer may rest on it.
-		t := c.log.ticket()
-		return writeResult{seq: c.seq, ticket: t}, nil
+		return writeResult{seq: c.seq, ticket: c.log.ticket()}, nil
 	}
+	putCount(c.scratch[recordHeader+1:], n)
 	t, err := c.commit()
 	return writeResult{seq: c.seq, ticket: t}, err
 }
 
 // Upsert writes whole points. See [pointsService] for what its modes mean.
 func (ps *pointsService) Upsert(_ context.Context, req *qdrant.UpsertPoints) (*qdrant.PointsOperationResponse, error) {
-	return ps.write(req.GetCollectionName(), req.GetWait(), req.GetShardKeySelector(), func(c *collection) (writeResult, error) {
-		return c.upsert(req.GetPoints(), req.GetUpdateMode(), req.GetUpdateFilter())
-	})
+	return ps.write(req.GetCollectionName(), req.GetWait(), req.GetShardKeySelector(),
+		upsert(req.GetPoints(), req.GetUpdateMode(), req.GetUpdateFilter()))
 }
 
-// upsert replaces or inserts points. The mode and the filter are resolved here, against the
-// state before the request; of points with one id the last counts. The caller holds writer.
-func (c *collection) upsert(in []*qdrant.PointStruct, mode qdrant.UpdateMode, uf *qdrant.Filter) (writeResult, error) {
-	if len(in) == 0 {
-		return writeResult{}, invalid("Bad request: Empty update request")
-	}
-	if m := c.spec.strict.upsertMaxBatch; m != 0 && uint64(len(in)) > m {
-		return writeResult{}, strictError("Upsert limit exceeded: "+uitoa(uint64(len(in)))+" > "+uitoa(m)+" for \"upsert\"", "Reduce the batch to or below "+uitoa(m)+" points")
-	}
-	f, err := c.updateFilter(uf)
-	if err != nil {
-		return writeResult{}, err
-	}
-	points := make([]point, 0, len(in))
-	index := make(map[pointID]int, len(in))
-	for _, p := range in {
-		pt, err := c.point(p)
-		if err != nil {
-			return writeResult{}, err
+// upsert replaces or inserts points. Of points with one id the last counts; the mode and the
+// filter are resolved against the state before the request.
+func upsert(in []*qdrant.PointStruct, mode qdrant.UpdateMode, uf *qdrant.Filter) operation {
+	return func(c *collection) (change, error) {
+		if len(in) == 0 {
+			return nil, invalid("Bad request: Empty update request")
 		}
-		if i, dup := index[pt.id]; dup {
-			points[i] = pt
-			continue
+		points := make([]point, 0, len(in))
+		index := make(map[pointID]int, len(in))
+		for _, p := range in {
+			pt, err := c.point(p)
+			if err != nil {
+				return nil, err
+			}
+			if i, dup := index[pt.id]; dup {
+				points[i] = pt
+				continue
+			}
+			index[pt.id] = len(points)
+			points = append(points, pt)
 		}
-		index[pt.id] = len(points)
-		points = append(points, pt)
+		return func() (writeResult, error) {
+			if m := c.spec.strict.upsertMaxBatch; m != 0 && uint64(len(in)) > m {
+				return writeResult{}, strictError("Upsert limit exceeded: "+uitoa(uint64(len(in)))+" > "+uitoa(m)+" for \"upsert\"", "Reduce the batch to or below "+uitoa(m)+" points")
+			}
+			f, err := c.updateFilter(uf)
+			if err != nil {
+				return writeResult{}, err
+			}
+			return c.writePoints(points, mode, f)
+		}, nil
 	}
-	kept := points[:0]
-	for _, p := range points {
-		slot, exists := c.slotOf(p.id)
+}
+
+func (c *collection) writePoints(points []point, mode qdrant.UpdateMode, f *filter) (writeResult, error) {
+	c.begin(recordPoints)
+	n := 0
+	for i := range points {
+		slot, exists := c.slotOf(points[i].id)
 		switch {
 		case !exists:
 			if mode == qdrant.UpdateMode_UpdateOnly {
@@ -152,18 +184,14 @@ func (c *collection) upsert(in []*qdrant.PointStruct, mode qdrant.UpdateMode, uf
 		case mode == qdrant.UpdateMode_InsertOnly:
 			continue
 		default:
-			d := c.document(slot)
-			if !f.match(&d) {
+			if d := c.document(slot); !f.match(&d) {
 				continue
 			}
 		}
-		kept = append(kept, p)
+		c.scratch = appendPoint(c.scratch, c.vectors, &points[i])
+		n++
 	}
-	c.begin(recordPoints, len(kept))
-	for i := range kept {
-		c.scratch = appendPoint(c.scratch, c.vectors, &kept[i])
-	}
-	return c.done(len(kept))
+	return c.done(n)
 }
 
 func (c *collection) updateFilter(uf *qdrant.Filter) (*filter, error) {
@@ -398,9 +426,9 @@ func (c *collection) matching(f *filter) []uint32 {
 
 // Delete removes points; ids that do not exist are no error.
 func (ps *pointsService) Delete(_ context.Context, req *qdrant.DeletePoints) (*qdrant.PointsOperationResponse, error) {
-	return ps.write(req.GetCollectionName(), req.GetWait(), req.GetShardKeySelector(), func(c *collection) (writeResult, error) {
+	return ps.write(req.GetCollectionName(), req.GetWait(), req.GetShardKeySelector(), locked(func(c *collection) (writeResult, error) {
 		return c.deletePoints(req.GetPoints())
-	})
+	}))
 }
 
 func (c *collection) deletePoints(sel *qdrant.PointsSelector) (writeResult, error) {
@@ -411,7 +439,7 @@ func (c *collection) deletePoints(sel *qdrant.PointsSelector) (writeResult, erro
 	if err != nil {
 		return writeResult{}, err
 	}
-	c.begin(recordDelete, len(slots))
+	c.begin(recordDelete)
 	for _, s := range slots {
 		c.scratch = appendID(c.scratch, c.slotIDs.at(s))
 	}
@@ -431,7 +459,9 @@ func (c *collection) changePayloads(sel *qdrant.PointsSelector, whole *[]byte, c
 	if err != nil {
 		return writeResult{}, err
 	}
-	c.begin(recordPayloads, len(slots))
+	c.begin(recordPayloads)
+	n := 0
+	var r writeResult
 	for _, s := range slots {
 		var enc []byte
 		if whole != nil {
@@ -439,18 +469,25 @@ func (c *collection) changePayloads(sel *qdrant.PointsSelector, whole *[]byte, c
 		} else {
 			old, err := decodePayload(c.payloads.at(s))
 			if err != nil {
-				return writeResult{}, err
+				return r, err
 			}
 			if enc, err = encodePayload(change(old)); err != nil {
-				return writeResult{}, err
+				return r, err
 			}
 		}
 		c.scratch = appendID(c.scratch, c.slotIDs.at(s))
 		c.scratch = appendCount(c.scratch, len(enc))
 		c.scratch = append(c.scratch, enc...)
+		if n++; len(c.scratch) < splitRecord {
+			continue
+		}
+		if r, err = c.done(n); err != nil {
+			return r, err
+		}
+		c.begin(recordPayloads)
+		n = 0
 	}
-	r, err := c.done(len(slots))
-	if err == nil && missing != nil {
+	if r, err = c.done(n); err == nil && missing != nil {
 		err = noPoint(*missing)
 	}
 	return r, err
@@ -462,9 +499,9 @@ func noPoint(id pointID) error {
 
 // SetPayload merges keys into payloads; a null removes its key.
 func (ps *pointsService) SetPayload(_ context.Context, req *qdrant.SetPayloadPoints) (*qdrant.PointsOperationResponse, error) {
-	return ps.write(req.GetCollectionName(), req.GetWait(), req.GetShardKeySelector(), func(c *collection) (writeResult, error) {
+	return ps.write(req.GetCollectionName(), req.GetWait(), req.GetShardKeySelector(), locked(func(c *collection) (writeResult, error) {
 		return c.setPayloadPoints(req.GetPointsSelector(), req.GetPayload(), req.Key)
-	})
+	}))
 }
 
 func (c *collection) setPayloadPoints(sel *qdrant.PointsSelector, payload map[string]*qdrant.Value, key *string) (writeResult, error) {
@@ -489,9 +526,9 @@ func (c *collection) setPayloadPoints(sel *qdrant.PointsSelector, payload map[st
 
 // OverwritePayload replaces payloads.
 func (ps *pointsService) OverwritePayload(_ context.Context, req *qdrant.SetPayloadPoints) (*qdrant.PointsOperationResponse, error) {
-	return ps.write(req.GetCollectionName(), req.GetWait(), req.GetShardKeySelector(), func(c *collection) (writeResult, error) {
+	return ps.write(req.GetCollectionName(), req.GetWait(), req.GetShardKeySelector(), locked(func(c *collection) (writeResult, error) {
 		return c.overwritePayload(req.GetPointsSelector(), req.GetPayload())
-	})
+	}))
 }
 
 func (c *collection) overwritePayload(sel *qdrant.PointsSelector, payload map[string]*qdrant.Value) (writeResult, error) {
@@ -504,9 +541,9 @@ func (c *collection) overwritePayload(sel *qdrant.PointsSelector, payload map[st
 
 // DeletePayload removes keys from payloads.
 func (ps *pointsService) DeletePayload(_ context.Context, req *qdrant.DeletePayloadPoints) (*qdrant.PointsOperationResponse, error) {
-	return ps.write(req.GetCollectionName(), req.GetWait(), req.GetShardKeySelector(), func(c *collection) (writeResult, error) {
+	return ps.write(req.GetCollectionName(), req.GetWait(), req.GetShardKeySelector(), locked(func(c *collection) (writeResult, error) {
 		return c.deletePayload(req.GetPointsSelector(), req.GetKeys())
-	})
+	}))
 }
 
 func (c *collection) deletePayload(sel *qdrant.PointsSelector, keys []string) (writeResult, error) {
@@ -527,9 +564,9 @@ func (c *collection) deletePayload(sel *qdrant.PointsSelector, keys []string) (w
 
 // ClearPayload empties payloads.
 func (ps *pointsService) ClearPayload(_ context.Context, req *qdrant.ClearPayloadPoints) (*qdrant.PointsOperationResponse, error) {
-	return ps.write(req.GetCollectionName(), req.GetWait(), req.GetShardKeySelector(), func(c *collection) (writeResult, error) {
+	return ps.write(req.GetCollectionName(), req.GetWait(), req.GetShardKeySelector(), locked(func(c *collection) (writeResult, error) {
 		return c.clearPayload(req.GetPoints())
-	})
+	}))
 }
 
 func (c *collection) clearPayload(sel *qdrant.PointsSelector) (writeResult, error) {
@@ -539,9 +576,9 @@ func (c *collection) clearPayload(sel *qdrant.PointsSelector) (writeResult, erro
 
 // UpdateVectors replaces the named vectors of points that exist; others stay.
 func (ps *pointsService) UpdateVectors(_ context.Context, req *qdrant.UpdatePointVectors) (*qdrant.PointsOperationResponse, error) {
-	return ps.write(req.GetCollectionName(), req.GetWait(), req.GetShardKeySelector(), func(c *collection) (writeResult, error) {
+	return ps.write(req.GetCollectionName(), req.GetWait(), req.GetShardKeySelector(), locked(func(c *collection) (writeResult, error) {
 		return c.updateVectors(req.GetPoints(), req.GetUpdateFilter())
-	})
+	}))
 }
 
 func (c *collection) updateVectors(in []*qdrant.PointVectors, uf *qdrant.Filter) (writeResult, error) {
@@ -582,7 +619,7 @@ func (c *collection) updateVectors(in []*qdrant.PointVectors, uf *qdrant.Filter)
 }
 
 func (c *collection) writeVectors(points []point) (writeResult, error) {
-	c.begin(recordVectors, len(points))
+	c.begin(recordVectors)
 	for _, p := range points {
 		c.scratch = appendID(c.scratch, p.id)
 		c.scratch = appendCount(c.scratch, len(p.vectors))
@@ -595,9 +632,9 @@ func (c *collection) writeVectors(points []point) (writeResult, error) {
 
 // DeleteVectors removes named vectors from points.
 func (ps *pointsService) DeleteVectors(_ context.Context, req *qdrant.DeletePointVectors) (*qdrant.PointsOperationResponse, error) {
-	return ps.write(req.GetCollectionName(), req.GetWait(), req.GetShardKeySelector(), func(c *collection) (writeResult, error) {
+	return ps.write(req.GetCollectionName(), req.GetWait(), req.GetShardKeySelector(), locked(func(c *collection) (writeResult, error) {
 		return c.deleteVectors(req.GetPointsSelector(), req.GetVectors())
-	})
+	}))
 }
 
 func (c *collection) deleteVectors(sel *qdrant.PointsSelector, names *qdrant.VectorsSelector) (writeResult, error) {
@@ -634,66 +671,65 @@ func (ps *pointsService) UpdateBatch(_ context.Context, req *qdrant.UpdateBatchP
 	if len(req.GetOperations()) == 0 {
 		return nil, invalid("Validation error in body: [operations: must not be empty]")
 	}
-	changes := make([]func(c *collection) (writeResult, error), len(req.GetOperations()))
-	for i, op := range req.GetOperations() {
-		keys, change, err := batchChange(op)
+	ops := make([]operation, len(req.GetOperations()))
+	for i, in := range req.GetOperations() {
+		keys, op, err := batchOperation(in)
 		if err == nil {
 			err = checkShardKeys(keys)
 		}
 		if err != nil {
 			return nil, err
 		}
-		changes[i] = change
+		ops[i] = op
 	}
-	rs, err := ps.writeAll(req.GetCollectionName(), req.GetWait(), nil, changes)
+	rs, err := ps.writeAll(req.GetCollectionName(), req.GetWait(), nil, ops)
 	if err != nil {
 		return nil, err
 	}
 	return &qdrant.UpdateBatchResponse{Result: rs, Time: seconds(start)}, nil
 }
 
-func batchChange(op *qdrant.PointsUpdateOperation) (*qdrant.ShardKeySelector, func(c *collection) (writeResult, error), error) {
-	switch k := op.GetOperation().(type) {
+// batchOperation reads one operation of a batch.
+func batchOperation(in *qdrant.PointsUpdateOperation) (*qdrant.ShardKeySelector, operation, error) {
+	switch k := in.GetOperation().(type) {
 	case *qdrant.PointsUpdateOperation_Upsert:
 		o := k.Upsert
-		return o.GetShardKeySelector(), func(c *collection) (writeResult, error) {
-			return c.upsert(o.GetPoints(), o.GetUpdateMode(), o.GetUpdateFilter())
-		}, nil
+		return o.GetShardKeySelector(), upsert(o.GetPoints(), o.GetUpdateMode(), o.GetUpdateFilter()), nil
 	case *qdrant.PointsUpdateOperation_DeletePoints_:
 		o := k.DeletePoints
-		return o.GetShardKeySelector(), func(c *collection) (writeResult, error) { return c.deletePoints(o.GetPoints()) }, nil
+		return o.GetShardKeySelector(), locked(func(c *collection) (writeResult, error) { return c.deletePoints(o.GetPoints()) }), nil
 	case *qdrant.PointsUpdateOperation_DeleteDeprecated:
-		return nil, func(c *collection) (writeResult, error) { return c.deletePoints(k.DeleteDeprecated) }, nil
+		return nil, locked(func(c *collection) (writeResult, error) { return c.deletePoints(k.DeleteDeprecated) }), nil
 	case *qdrant.PointsUpdateOperation_SetPayload_:
 		o := k.SetPayload
-		return o.GetShardKeySelector(), func(c *collection) (writeResult, error) {
+		return o.GetShardKeySelector(), locked(func(c *collection) (writeResult, error) {
 			return c.setPayloadPoints(o.GetPointsSelector(), o.GetPayload(), o.Key)
-		}, nil
+		}), nil
 	case *qdrant.PointsUpdateOperation_OverwritePayload_:
 		o := k.OverwritePayload
-		return o.GetShardKeySelector(), func(c *collection) (writeResult, error) {
+		return o.GetShardKeySelector(), locked(func(c *collection) (writeResult, error) {
 			return c.overwritePayload(o.GetPointsSelector(), o.GetPayload())
-		}, nil
+		}), nil
 	case *qdrant.PointsUpdateOperation_DeletePayload_:
 		o := k.DeletePayload
-		return o.GetShardKeySelector(), func(c *collection) (writeResult, error) {
+		return o.GetShardKeySelector(), locked(func(c *collection) (writeResult, error) {
 			return c.deletePayload(o.GetPointsSelector(), o.GetKeys())
-		}, nil
+		}), nil
 	case *qdrant.PointsUpdateOperation_ClearPayload_:
 		o := k.ClearPayload
-		return o.GetShardKeySelector(), func(c *collection) (writeResult, error) { return c.clearPayload(o.GetPoints()) }, nil
+		return o.GetShardKeySelector(), locked(func(c *collection) (writeResult, error) { return c.clearPayload(o.GetPoints()) }), nil
 	case *qdrant.PointsUpdateOperation_ClearPayloadDeprecated:
-		return nil, func(c *collection) (writeResult, error) { return c.clearPayload(k.ClearPayloadDeprecated) }, nil
+		return nil, locked(func(c *collection) (writeResult, error) { return c.clearPayload(k.ClearPayloadDeprecated) }), nil
 	case *qdrant.PointsUpdateOperation_UpdateVectors_:
 		o := k.UpdateVectors
-		return o.GetShardKeySelector(), func(c *collection) (writeResult, error) {
+		return o.GetShardKeySelector(), locked(func(c *collection) (writeResult, error) {
 			return c.updateVectors(o.GetPoints(), o.GetUpdateFilter())
-		}, nil
+		}), nil
 	case *qdrant.PointsUpdateOperation_DeleteVectors_:
 		o := k.DeleteVectors
-		return o.GetShardKeySelector(), func(c *collection) (writeResult, error) {
+		return o.GetShardKeySelector(), locked(func(c *collection) (writeResult, error) {
 			return c.deleteVectors(o.GetPointsSelector(), o.GetVectors())
-		}, nil
+		}), nil
 	default:
 		return nil, nil, invalid("Operation is missing")
 	}
@@ -720,7 +756,7 @@ func (ps *pointsService) DeleteFieldIndex(_ context.Context, req *qdrant.DeleteF
 func (ps *pointsService) changeIndex(name string, wait bool, field string, req *qdrant.CreateFieldIndexCollection, col *column) (*qdrant.PointsOperationResponse, error) {
 	ps.s.metaMu.Lock()
 	defer ps.s.metaMu.Unlock()
-	return ps.write(name, wait, nil, func(c *collection) (writeResult, error) {
+	return ps.write(name, wait, nil, locked(func(c *collection) (writeResult, error) {
 		var enc []byte
 		if req != nil {
 			if old := c.spec.indexes[field]; old != nil && proto.Equal(old, req) {
@@ -758,5 +794,5 @@ func (ps *pointsService) changeIndex(name string, wait bool, field string, req *
 			c.addColumn(field, col)
 		}
 		return c.done(0)
-	})
+	}))
 }

@@ -2,9 +2,9 @@
 //
 // Owns: [RunQdrant], the conformance suite of Qdrant's API as Lockstep uses it.
 //
-// Promises: the suite passes on a real Qdrant server; an implementation that passes it may
-// stand in for one. Tests use collections of their own and may run at the same time on a
-// server that holds others.
+// Promises: the suite asks only for what a real Qdrant server does; an implementation that
+// passes it may stand in for one. Tests use collections of their own and may run at the same
+// time on a server that holds others.
 //
 // Must not: be imported by anything but tests, nor know an implementation.
 //

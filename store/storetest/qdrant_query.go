@@ -214,6 +214,17 @@ func (s *suite) nearest() {
 	if got := s.query(mixed, &qdrant.QueryPoints{Query: qdrant.NewQuery(1, 0, 0, 0), Using: qdrant.PtrOf("dense")}); !slices.Equal(got, []scored{{1, 3}, {3, 2}}) {
 		s.Errorf("mixed collection: %v", got)
 	}
+	// A vector that is not finite is stored, readable, and not found.
+	nan := s.plain(2, qdrant.Distance_Dot)
+	s.upsert(nan,
+		&qdrant.PointStruct{Id: num(1), Vectors: qdrant.NewVectors(float32(math.NaN()), 1)},
+		&qdrant.PointStruct{Id: num(2), Vectors: qdrant.NewVectors(1, 1)})
+	if v := s.read(nan, num(1))["1"].GetVectors().GetVector().GetDenseVector().GetData(); len(v) != 2 || v[0] == v[0] || v[1] != 1 {
+		s.Errorf("a vector with a NaN is read as %v", v)
+	}
+	if got := s.query(nan, &qdrant.QueryPoints{Query: q}); !slices.Equal(got, []scored{{2, 1}}) {
+		s.Errorf("beside a vector with a NaN: %v", got)
+	}
 	empty := s.plain(2, qdrant.Distance_Dot)
 	if got := s.query(empty, &qdrant.QueryPoints{Query: q}); len(got) != 0 {
 		s.Errorf("empty collection: %v", got)
