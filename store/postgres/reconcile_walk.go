@@ -11,23 +11,29 @@ import (
 	"github.com/lockstep-db/lockstep/internal/corpus"
 )
 
-// walkPlan keeps the planner on the one plan whose cost does not depend on statistics: both
-// sides by index-only scan in id order. Right after a bulk load the statistics know nothing,
-// and a walk must never sort, or read the heap that holds the texts.
+// walkPlan keeps the planner on the one plan whose cost does not depend on statistics: a merge
+// join of two index-only scans in id order. Right after a bulk load the statistics know
+// nothing, and a walk must never sort, or read the heap that holds the texts. Workers of a
+// parallel plan would be started anew for each page.
 const walkPlan = `SELECT set_config('enable_seqscan', 'off', true), set_config('enable_bitmapscan', 'off', true),
-	set_config('enable_hashjoin', 'off', true), set_config('enable_sort', 'off', true), set_config('jit', 'off', true)`
+	set_config('enable_hashjoin', 'off', true), set_config('enable_nestloop', 'off', true), set_config('enable_sort', 'off', true),
+	set_config('max_parallel_workers_per_gather', '0', true)`
 
+// The entries are a subquery of their own, kept apart by its ORDER BY: as a condition of the
+// outer join the fixed index_id would hide from the planner that they come in id order.
 const (
 	walkIDs = `
 		SELECT c.id, c.died_version IS NOT NULL, e.state
-		FROM chunks c LEFT JOIN index_entries e
-		  ON e.index_id = $2 AND e.chunk_id = c.id AND e.chunk_id >= $3 AND e.chunk_id <= $4
+		FROM chunks c LEFT JOIN (
+			SELECT chunk_id, state FROM index_entries WHERE index_id = $2 AND chunk_id >= $3 AND chunk_id <= $4 ORDER BY chunk_id) e
+		  ON e.chunk_id = c.id
 		WHERE c.collection_id = $1 AND c.id >= $3 AND c.id <= $4
 		ORDER BY c.id LIMIT $5`
 	walkAll = `
 		SELECT c.id, c.died_version IS NOT NULL, e.state, c.document_id, c.gen, e.meta_version, e.want_meta
-		FROM chunks c LEFT JOIN index_entries e
-		  ON e.index_id = $2 AND e.chunk_id = c.id AND e.chunk_id >= $3 AND e.chunk_id <= $4
+		FROM chunks c LEFT JOIN (
+			SELECT chunk_id, state, meta_version, want_meta FROM index_entries WHERE index_id = $2 AND chunk_id >= $3 AND chunk_id <= $4 ORDER BY chunk_id) e
+		  ON e.chunk_id = c.id
 		WHERE c.collection_id = $1 AND c.id >= $3 AND c.id <= $4
 		ORDER BY c.id LIMIT $5`
 )
