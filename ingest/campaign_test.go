@@ -463,7 +463,7 @@ func (h *history) settle(docs []string) {
 			WHERE c.name = $1 AND c.deleted_at IS NULL AND (e.state IN ('pending', 'failed') OR e.state = 'indexed' AND e.meta_version <> e.want_meta OR e.state = 'dead' AND e.absent_at IS NULL)),
 		(SELECT count(*) FROM lockstep.documents d JOIN lockstep.collections c ON c.id = d.collection_id
 			WHERE c.name = $1 AND c.deleted_at IS NULL AND d.deleted_at IS NULL AND d.serving_version IS DISTINCT FROM d.target_version)`
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(60 * time.Second)
 	var entries, unswitched int
 	for time.Now().Before(deadline) {
 		if err := h.pool.QueryRow(context.Background(), unsettled, h.name).Scan(&entries, &unswitched); err != nil {

@@ -109,8 +109,8 @@ func await[T any](t *testing.T, c <-chan T, what string) T {
 	select {
 	case v := <-c:
 		return v
-	case <-time.After(20 * time.Second):
-		t.Fatalf("%s: not within 20 s", what)
+	case <-time.After(60 * time.Second):
+		t.Fatalf("%s: not within a minute", what)
 		panic("unreachable")
 	}
 }

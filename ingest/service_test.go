@@ -136,7 +136,7 @@ func (b *bundle) collection() (corpus.Collection, corpus.Index) {
 // eventually polls until ok returns nil.
 func (b *bundle) eventually(what string, ok func() error) {
 	b.t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(60 * time.Second)
 	var err error
 	for time.Now().Before(deadline) {
 		if err = ok(); err == nil {
