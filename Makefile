@@ -60,6 +60,28 @@ fuzz: bin/setup ## Run each fuzz target for FUZZTIME
 		done; \
 	done
 
+# The campaign: one seed replays its history, N counts histories.
+SEED ?= 0
+N ?= 200
+
+.PHONY: campaign
+campaign: bin/setup ## Run N random histories under faults; SEED=... N=1 replays one
+	@$(SETUP) go test ./internal/campaign -count=1 -timeout 0 -v -run 'TestCampaign$$' -campaign.seed $(SEED) -campaign.n $(N) $(ARGS)
+
+ROUNDS ?= 200
+
+.PHONY: crash
+crash: bin/setup ## Kill the built server, or its Postgres, ROUNDS times under load
+	@LOCKSTEP_CRASH_ROUNDS=$(ROUNDS) $(SETUP) go test ./cmd/lockstep -count=1 -timeout 0 -v -run TestKillUnderLoad
+
+.PHONY: mutants
+mutants: bin/setup ## Break the protocol on purpose, one defect at a time; each must be caught
+	@$(SETUP) internal/campaign/testdata/mutants/run.sh $(ARGS)
+
+.PHONY: verify-spec
+verify-spec: ## Model-check the protocol with SPIN
+	@docs/spec/verify.sh $(ARGS)
+
 .PHONY: golden
 golden: bin/setup ## Write the golden files anew; read the difference before committing it
 	@$(SETUP) go test $$(grep -rlE 'flag\.Bool\("update"' --include='*_test.go' . | xargs -n 1 dirname | sort -u) -update
