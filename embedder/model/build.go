@@ -101,7 +101,7 @@ func build(ctx context.Context, src, dst string, o Options) (*Manifest, error) {
 		return nil, err
 	}
 	defer os.RemoveAll(work)
-	m := &Manifest{Format: formatVersion, Name: o.Name, Precision: o.Precision, SourceDigest: digest}
+	m := &Manifest{Format: FormatVersion, Name: o.Name, Precision: o.Precision, SourceDigest: digest}
 	if err := write(ctx, work, ck, d, m, o.Progress); err != nil {
 		return nil, err
 	}

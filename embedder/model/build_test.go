@@ -17,7 +17,7 @@ import (
 )
 
 // graphDigests are the graphs of the committed checkpoint and of the test's BERT, hashed.
-// When a change of the code changes one, raise formatVersion with it, so that models built
+// When a change of the code changes one, raise FormatVersion with it, so that models built
 // before are built again, and schemeVersion too if vectors move beyond rounding. Then copy
 // the digests that the test prints.
 var graphDigests = struct {
@@ -49,8 +49,8 @@ func TestGraphsChangeWithTheFormat(t *testing.T) {
 			}
 			h.Write(data)
 		}
-		if got := hex.EncodeToString(h.Sum(nil))[:16]; got != want || graphDigests.format != formatVersion {
-			t.Errorf("%q: %q in format %d; recorded is %q in format %d", name, got, formatVersion, want, graphDigests.format)
+		if got := hex.EncodeToString(h.Sum(nil))[:16]; got != want || graphDigests.format != FormatVersion {
+			t.Errorf("%q: %q in format %d; recorded is %q in format %d", name, got, FormatVersion, want, graphDigests.format)
 		}
 	}
 }

@@ -23,9 +23,9 @@ const (
 	TokenizerFile = "tokenizer.json"
 )
 
-// formatVersion numbers the layout of a built directory and of the graphs in it. A build
+// FormatVersion numbers the layout of a built directory and of the graphs in it. A build
 // made under another number is made again.
-const formatVersion = 2
+const FormatVersion = 2
 
 // schemeVersion numbers everything between the checkpoint's numbers and a vector that is
 // not in the checkpoint: pooling rules, quantisation, normalisation. It is part of the
@@ -236,9 +236,9 @@ func Open(dir string) (*Manifest, error) {
 	if err := json.Unmarshal(data, m); err != nil {
 		return nil, damaged(ManifestFile, "is not a manifest", err)
 	}
-	if m.Format != formatVersion {
+	if m.Format != FormatVersion {
 		return nil, corpus.Errorf(corpus.Conflict, "model_format",
-			"the model in %s was built in format %d and this version reads format %d; build it again from its checkpoint", dir, m.Format, formatVersion)
+			"the model in %s was built in format %d and this version reads format %d; build it again from its checkpoint", dir, m.Format, FormatVersion)
 	}
 	listed := map[string]bool{}
 	for _, f := range m.Files {

@@ -208,7 +208,7 @@ func handModel(tb testing.TB, form string, graph []byte, change func(*model.Mani
 		tb.Fatal(err)
 	}
 	m := &model.Manifest{
-		Format: 1, Name: "hand-made", Fingerprint: "hand-made-1", Architecture: "xlm-roberta",
+		Format: model.FormatVersion, Name: "hand-made", Fingerprint: "hand-made-1", Architecture: "xlm-roberta",
 		Layers: 1, HiddenSize: handDim, AttentionHeads: 1, IntermediateSize: 1, VocabSize: handVocab,
 		Heads: []string{"dense", "sparse", "colbert"}, Dim: handDim, ColBERTDim: handDim,
 		MaxTokens: 32, PositionOffset: 2, Pooling: "mean", Precision: model.FP32,
