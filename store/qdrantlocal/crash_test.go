@@ -195,7 +195,7 @@ func TestSnapshotDamage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := c.log.compact(c); err != nil {
+	if err := c.log.compact(t.Context(), c); err != nil {
 		t.Fatal(err)
 	}
 	whole := t.TempDir()
@@ -330,7 +330,7 @@ func TestCrashAnywhere(t *testing.T) {
 		least, most = d.want.text(), d.want.text()
 		mu.Unlock()
 		if i%15 == 7 {
-			if err := c.log.compact(c); err != nil {
+			if err := c.log.compact(t.Context(), c); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -386,7 +386,7 @@ func TestCompactionSteps(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := c.log.compact(c); err != nil {
+	if err := c.log.compact(t.Context(), c); err != nil {
 		t.Fatal(err)
 	}
 	for range 10 {

@@ -300,7 +300,11 @@ func (s *Server) maintain(c *collection) {
 	go func() {
 		defer s.background.Done()
 		start := time.Now()
-		if err := c.log.compact(c); err != nil {
+		err := c.log.compact(s.ctx, c)
+		switch {
+		case errors.Is(err, context.Canceled):
+			return
+		case err != nil:
 			s.logger.Error("compaction failed; it is tried again with a write after half a minute",
 				slog.String("collection", c.name), slog.Any("err", err))
 			return

@@ -1,6 +1,7 @@
 package qdrantlocal
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -145,8 +146,9 @@ func (s *store) close() error {
 }
 
 // compact writes a snapshot of c and removes the files that it makes superfluous. Writers
-// wait only while the log is switched. One compaction runs at a time; a second returns.
-func (s *store) compact(c *collection) (err error) {
+// wait only while the log is switched. One compaction runs at a time; a second returns. A
+// context that ends leaves the files as an interrupted compaction does.
+func (s *store) compact(ctx context.Context, c *collection) (err error) {
 	s.mu.Lock()
 	if s.compacting != nil || s.closed {
 		s.mu.Unlock()
@@ -173,7 +175,7 @@ func (s *store) compact(c *collection) (err error) {
 	if err != nil {
 		return fmt.Errorf("switching the log: %w", err)
 	}
-	size, err := s.writeSnapshot(c, generation, seq)
+	size, err := s.writeSnapshot(ctx, c, generation, seq)
 	if err != nil {
 		return fmt.Errorf("writing a snapshot: %w", err)
 	}
@@ -204,7 +206,7 @@ func (s *store) rotate() error {
 	return old.f.Close()
 }
 
-func (s *store) writeSnapshot(c *collection, generation, seq uint64) (size int64, err error) {
+func (s *store) writeSnapshot(ctx context.Context, c *collection, generation, seq uint64) (size int64, err error) {
 	path := generationPath(s.dir, snapPrefix, generation)
 	f, err := os.OpenFile(path+tempSuffix, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
@@ -233,6 +235,9 @@ func (s *store) writeSnapshot(c *collection, generation, seq uint64) (size int64
 	var from pointID
 	total := 0
 	for done := false; !done; {
+		if err = ctx.Err(); err != nil {
+			return 0, err
+		}
 		var n int
 		buf, from, n, done = c.snapshotChunk(beginRecord(buf, recordPoints), from, snapshotRecord)
 		if total += n; n > 0 {
