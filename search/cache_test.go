@@ -166,18 +166,16 @@ func TestALeavingCallerTakesNobodyAlong(t *testing.T) {
 	cancel()
 	wg.Wait()
 	// A waiter whose own time is up leaves as well.
-	block := computed{wait: func(context.Context) error { <-started; return nil }}
+	release := make(chan struct{})
+	block := computed{wait: func(context.Context) error { started <- struct{}{}; <-release; return nil }}
 	wg.Go(func() { _, _, _ = c.get(context.Background(), []cacheKey{key("slow")}, block.embed) })
-	for block.count() == 0 {
-		c.mu.Lock()
-		c.mu.Unlock() //nolint:staticcheck // gives the other goroutine its turn
-	}
+	<-started
 	ctx, cancel = context.WithCancel(context.Background())
-	go func() { <-shared; cancel() }()
+	wg.Go(func() { <-shared; cancel() })
 	if _, _, err := c.get(ctx, []cacheKey{key("slow")}, staying.embed); !errors.Is(err, context.Canceled) {
 		t.Errorf("a waiter without time got %v", err)
 	}
-	started <- struct{}{}
+	close(release)
 	wg.Wait()
 }
 

@@ -272,7 +272,7 @@ func TestExactInEveryMode(t *testing.T) {
 	r := rand.New(rand.NewPCG(seed, 0))
 	ctx := context.Background()
 	widened := 0
-	for range 60 {
+	for range 30 {
 		w, e := randomWorld(t, r, allHeads)
 		s := w.service(e, Config{})
 		var reqs []corpus.SearchRequest
@@ -321,7 +321,7 @@ func TestLikeInEveryMode(t *testing.T) {
 	r := rand.New(rand.NewPCG(seed, 0))
 	ctx := context.Background()
 	tried := 0
-	for range 40 {
+	for range 12 {
 		w, e := randomWorld(t, r, allHeads)
 		s := w.service(e, Config{})
 		_, before := e.Counts()
@@ -398,7 +398,7 @@ func TestOneSnapshot(t *testing.T) {
 	t.Logf("seed %d", seed)
 	r := rand.New(rand.NewPCG(seed, 0))
 	ctx := context.Background()
-	for range 40 {
+	for range 20 {
 		w, e := randomWorld(t, r, allHeads)
 		s := w.service(e, Config{})
 		change := func() {

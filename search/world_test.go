@@ -239,8 +239,12 @@ func (w *world) QueryBatch(ctx context.Context, _ corpus.Index, queries []corpus
 
 func (w *world) nearest(q corpus.IndexQuery, allowed map[corpus.ID]bool) []corpus.Candidate {
 	var out []corpus.Candidate
+	excluded := map[corpus.ID]bool{}
+	for _, id := range q.Exclude {
+		excluded[id] = true
+	}
 	for id, p := range w.points {
-		if allowed != nil && !allowed[id] || slices.Contains(q.Exclude, id) || !q.Filter.Matches(p.metadata) {
+		if allowed != nil && !allowed[id] || excluded[id] || !q.Filter.Matches(p.metadata) {
 			continue
 		}
 		score, ok := rawScore(q.Head, q.Vectors, &p.vectors)
