@@ -3,7 +3,8 @@
 // against a bare go-client loop that upserts the same points into the same index with
 // wait=true. Both run in turns in one process on the same cores; ratios are printed.
 //
-// The index is QDRANT_URL's server if set, else a qdrant on PATH, else the embedded one.
+// The index is QDRANT_URL's server if set, else a qdrant on PATH, else the embedded one; Postgres
+// is DATABASE_URL's (an empty database), else a fresh one.
 //
 // usage: go run ./bench/ingest -n 20000 -dim 1024 -rounds 3
 package main
@@ -64,7 +65,7 @@ func run(ctx context.Context) (err error) {
 	}
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
 	indexURL, indexKey := os.Getenv("QDRANT_URL"), os.Getenv("QDRANT_API_KEY")
-	stack, err := devstack.Start(ctx, devstack.Config{DataDir: filepath.Join(dir, "data"), NeedPostgres: true, NeedQdrant: indexURL == "", Logger: log})
+	stack, err := devstack.Start(ctx, devstack.Config{DataDir: filepath.Join(dir, "data"), NeedPostgres: os.Getenv("DATABASE_URL") == "", NeedQdrant: indexURL == "", Logger: log})
 	if err != nil {
 		return err
 	}
@@ -79,6 +80,9 @@ func run(ctx context.Context) (err error) {
 	cfg := config.Default()
 	cfg.Listen, cfg.DataDir, cfg.Scrub = "127.0.0.1:0", filepath.Join(dir, "unused"), false
 	cfg.DatabaseURL, cfg.QdrantURL = config.Secret(stack.DatabaseURL), indexURL
+	if url := os.Getenv("DATABASE_URL"); url != "" {
+		cfg.DatabaseURL = config.Secret(url)
+	}
 	cfg.QdrantAPIKey = config.Secret(indexKey)
 	a, err := app.New(ctx, cfg, log, app.Options{Embedder: emb, Version: "bench"})
 	if err != nil {
