@@ -4,6 +4,7 @@
 //	gpu build  -checkpoint DIR -model DIR [-precision fp16]
 //	gpu embed  -library LIB -model DIR -rows rows.json -heads dense,sparse,colbert -out vectors.bin
 //	gpu time   -library LIB -model DIR -peak TFLOPS -out times.json
+//	gpu http   -library LIB -model DIR -budget TOKENS
 //
 // run.sh beside this file does it all on one machine, with the torch side in torch_side.py.
 package main
@@ -40,7 +41,7 @@ func main() {
 
 func run(args []string) error {
 	if len(args) == 0 {
-		return errors.New("name build, embed or time")
+		return errors.New("name build, embed, time or http")
 	}
 	fs := flag.NewFlagSet("gpu "+args[0], flag.ContinueOnError)
 	checkpoint := fs.String("checkpoint", "", "checkpoint directory")
@@ -52,6 +53,9 @@ func run(args []string) error {
 	out := fs.String("out", "", "file to write")
 	peak := fs.Float64("peak", 0, "TFLOP/s of the machine's fp16 matrix product, for shares")
 	seconds := fs.Float64("seconds", 5, "least time of each measurement")
+	budget := fs.Int("budget", 64<<10, "tokens of a batch, over HTTP")
+	clients := fs.Int("clients", 8, "requests at once, over HTTP")
+	perRequest := fs.Int("per-request", 256, "texts of a request, over HTTP")
 	cpu := fs.Bool("cpu", false, "run on the CPU")
 	if err := fs.Parse(args[1:]); err != nil {
 		return err
@@ -77,6 +81,9 @@ func run(args []string) error {
 	case "time":
 		b := bench{e: e, peak: *peak, least: time.Duration(*seconds * float64(time.Second))}
 		err = b.all(*out)
+	case "http":
+		o := overHTTP{e: e, least: time.Duration(*seconds * float64(time.Second))}
+		err = o.all(*budget, *clients, *perRequest)
 	default:
 		err = fmt.Errorf("no command %q", args[0])
 	}
@@ -192,7 +199,7 @@ func cut(rows [][]uint32, budget int) [][][]uint32 {
 }
 
 func (b *bench) all(out string) error {
-	w1, w2 := b.rows(10000, fixed(128)), b.rows(2048, fixed(512))
+	w1, w2 := b.rows(10000, fixed(128)), b.rows(4096, fixed(512))
 	w4, w3 := b.rows(10000, mixed), b.rows(64, fixed(8192))
 	sorted := slices.Clone(w4)
 	slices.SortStableFunc(sorted, func(x, y []uint32) int { return cmp.Compare(len(y), len(x)) })
@@ -207,11 +214,14 @@ func (b *bench) all(out string) error {
 		{"128 tokens", w1, 64 << 10, corpus.Dense, 1},
 		{"128 tokens", w1, 64 << 10, corpus.Dense, 2},
 		{"128 tokens", w1, 32 << 10, corpus.Dense, 2},
+		{"128 tokens", w1, 128 << 10, corpus.Dense, 2},
 		{"512 tokens", w2, 64 << 10, corpus.Dense, 1},
 		{"512 tokens", w2, 64 << 10, corpus.Dense, 2},
 		{"mixed, as they come", w4, 64 << 10, corpus.Dense, 2},
 		{"mixed, sorted", sorted, 64 << 10, corpus.Dense, 1},
 		{"mixed, sorted", sorted, 64 << 10, corpus.Dense, 2},
+		{"mixed, sorted", sorted, 128 << 10, corpus.Dense, 2},
+		{"mixed, sorted", sorted, 64 << 10, corpus.Dense, 3},
 		{"8192 tokens", w3, 64 << 10, corpus.Dense, 1},
 		{"8192 tokens", w3, 64 << 10, corpus.Dense, 2},
 		{"128 tokens", w1, 64 << 10, corpus.Dense | corpus.SparseHead, 2},
@@ -237,43 +247,47 @@ func (b *bench) all(out string) error {
 	return os.WriteFile(out, data, 0o644)
 }
 
-// measure runs the batches round and round, for at least b.least and one whole round, after
-// two batches and the last one for warming up (new shapes are planned on first use).
+// measure runs the batches in whole rounds, so that all lengths count alike, for at least
+// b.least, after the first and the last for warming up (new shapes are planned on first use).
 func (b *bench) measure(w workload) (result, error) {
 	for _, batch := range [][][]uint32{w.batches[0], w.batches[len(w.batches)-1], w.batches[0]} {
 		if _, err := b.e.Run(batch, w.heads); err != nil {
 			return result{}, err
 		}
 	}
-	var next, texts, tokens atomic.Int64
-	var flops atomic.Int64 // in units of 1e6
+	var tokens, texts int
+	var flops float64
 	start := time.Now()
-	var g errgroup.Group
-	for range w.threads {
-		g.Go(func() error {
-			for {
-				i := int(next.Add(1)) - 1
-				if i >= len(w.batches) && time.Since(start) > b.least {
-					return nil
+	for done := false; !done; done = time.Since(start) > b.least {
+		var next atomic.Int64
+		var g errgroup.Group
+		for range w.threads {
+			g.Go(func() error {
+				for {
+					i := int(next.Add(1)) - 1
+					if i >= len(w.batches) {
+						return nil
+					}
+					if _, err := b.e.Run(w.batches[i], w.heads); err != nil {
+						return err
+					}
 				}
-				batch := w.batches[i%len(w.batches)]
-				if _, err := b.e.Run(batch, w.heads); err != nil {
-					return err
-				}
-				for _, row := range batch {
-					tokens.Add(int64(len(row)))
-					flops.Add(int64(modelFLOPs(len(row)) / 1e6))
-				}
-				texts.Add(int64(len(batch)))
+			})
+		}
+		if err := g.Wait(); err != nil {
+			return result{}, err
+		}
+		for _, batch := range w.batches {
+			for _, row := range batch {
+				tokens += len(row)
+				flops += modelFLOPs(len(row))
 			}
-		})
-	}
-	if err := g.Wait(); err != nil {
-		return result{}, err
+			texts += len(batch)
+		}
 	}
 	took := time.Since(start).Seconds()
-	r := result{Workload: w.name, Heads: w.heads.String(), Threads: w.threads, Texts: int(texts.Load()), Seconds: took,
-		PerSec: float64(texts.Load()) / took, Tokens: float64(tokens.Load()) / took, TFLOPS: float64(flops.Load()) / 1e6 / took}
+	r := result{Workload: w.name, Heads: w.heads.String(), Threads: w.threads, Texts: texts, Seconds: took,
+		PerSec: float64(texts) / took, Tokens: float64(tokens) / took, TFLOPS: flops / 1e12 / took}
 	if b.peak > 0 {
 		r.Share = r.TFLOPS / b.peak
 	}

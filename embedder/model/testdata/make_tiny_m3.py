@@ -93,9 +93,10 @@ def dump(path, name, value):
         f.write("\n")
 
 
-def make_checkpoint(path, shape, spread, vocab=None):
+def make_checkpoint(path, shape, spread, vocab=None, sparse_bias=0.0):
     """Writes the files BAAI/bge-m3 publishes. spread scales the weights: with the usual 0.02 all
-    texts come out nearly equal, and a test could not tell one from another."""
+    texts come out nearly equal, and a test could not tell one from another. sparse_bias is added
+    to the sparse head's, whose weights could all be negative otherwise."""
     os.makedirs(path, exist_ok=True)
     size = make_tokenizer(path)
     config = XLMRobertaConfig(
@@ -117,9 +118,9 @@ def make_checkpoint(path, shape, spread, vocab=None):
     config.torch_dtype = None
     config.save_pretrained(path)
     torch.save(model.state_dict(), os.path.join(path, "pytorch_model.bin"))
-    for name, out in (("sparse_linear.pt", 1), ("colbert_linear.pt", hidden)):
+    for name, out, add in (("sparse_linear.pt", 1, sparse_bias), ("colbert_linear.pt", hidden, 0.0)):
         torch.save(
-            {"weight": (torch.randn((out, hidden), generator=gen) * spread).half(), "bias": (torch.randn((out,), generator=gen) * 0.1).half()},
+            {"weight": (torch.randn((out, hidden), generator=gen) * spread).half(), "bias": (torch.randn((out,), generator=gen) * 0.1 + add).half()},
             os.path.join(path, name))
     dump(path, "modules.json", [
         {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
@@ -185,7 +186,7 @@ def main():
     ap.add_argument("--full", metavar="DIR")
     a = ap.parse_args()
     if a.full:
-        make_checkpoint(a.full, dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096), 0.02, vocab=250002)
+        make_checkpoint(a.full, dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096), 0.02, vocab=250002, sparse_bias=1.0)
         return
     global FLAG_VERSION
     FLAG_VERSION = flag_version()
