@@ -436,7 +436,8 @@ func (b *batch) late(ctx context.Context, what string, err error) error {
 		return err
 	}
 	e := corpus.Wrap(corpus.Unavailable, "search_timeout",
-		fmt.Sprintf("%s did not answer within the search's %v; try again, or raise timeout_ms", what, b.budget), err)
+		fmt.Sprintf("%s did not answer within the search's %v; try again, or raise timeout_ms", what, b.budget),
+		fmt.Errorf("%w: %w", ctx.Err(), err)) // the store's own error need not say that it was the deadline
 	e.RetryAfter = time.Second
 	return e
 }

@@ -331,7 +331,7 @@ func TestTimeoutNamesWhatWasLate(t *testing.T) {
 		_, err := s.Search(context.Background(), req)
 		var ce *corpus.Error
 		if !errors.As(err, &ce) || ce.Code != "search_timeout" || ce.Kind != corpus.Unavailable || ce.RetryAfter <= 0 ||
-			!strings.HasPrefix(ce.Detail, late+" did not answer") {
+			!errors.Is(err, context.DeadlineExceeded) || !strings.HasPrefix(ce.Detail, late+" did not answer") {
 			t.Errorf("%s: %v", late, err)
 		}
 		// A caller who leaves is told nothing of the kind.
