@@ -150,7 +150,9 @@ func (s *splitter) cut(start, done, room int) int {
 	}
 	// The furthest end: the first atom whose tokens would no longer fit.
 	furthest := start + sort.Search(n-start, func(k int) bool { return s.tokens(start, start+k+1) > room })
-	furthest = max(furthest, done+1)
+	if furthest = max(furthest, done+1); furthest >= n {
+		return n // the last atom alone is too large
+	}
 	half := start + sort.Search(furthest-start, func(k int) bool { return 2*s.tokens(start, start+k) >= room })
 	half = max(half, done+1)
 

@@ -194,6 +194,19 @@ func TestMissingSpansAreEstimated(t *testing.T) {
 	}
 }
 
+// TestOneRuneOverTheLimit: the last rune has more tokens than a chunk may; it stands alone.
+func TestOneRuneOverTheLimit(t *testing.T) {
+	t.Parallel()
+	text := "word \u00e9"
+	spans := []corpus.TokenSpan{{Start: 0, End: 4}}
+	for range 100 {
+		spans = append(spans, corpus.TokenSpan{Start: 5, End: 7})
+	}
+	if got := Split(text, spans, corpus.Chunking{TargetTokens: 16, OverlapTokens: 8}); len(got) != 2 || got[1] != "\u00e9" {
+		t.Errorf("got %q", got)
+	}
+}
+
 func TestCheck(t *testing.T) {
 	t.Parallel()
 	for _, tc := range []struct {
@@ -299,7 +312,9 @@ func FuzzSplit(f *testing.F) {
 		at := 0
 		for i := 0; i+1 < len(places); i += 2 {
 			at += int(int8(places[i]))
-			spans = append(spans, corpus.TokenSpan{Start: max(0, at), End: max(0, at) + int(places[i+1]) - 3})
+			for range 1 + int(places[i])%17/16*30 { // now and then many tokens in one place
+				spans = append(spans, corpus.TokenSpan{Start: max(0, at), End: max(0, at) + int(places[i+1]) - 3})
+			}
 			at += int(places[i+1])
 		}
 		checkPieces(t, text, spans, corpus.Chunking{TargetTokens: target, OverlapTokens: overlap})
