@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 stage=$1
 work=$2
-side() { python3 torch_side.py "$@" 2> >(grep -v -i -e warn -e 'Loading weights' >&2); }
+side() { python3 torch_side.py "$@" 2> >(grep -v -i -e warn -e 'Loading weights' -e deprecated >&2); }
 data=../../embedder/model/testdata
 mkdir -p "$work"
 
@@ -45,6 +45,9 @@ engine)
   side peak > "$work/peak"
   echo "8192^3 fp16 product, TFLOP/s, burst and sustained: $(cat "$work/peak")"
   "$gpu" time -model "$work/full-fp16" -peak "$(cut -d' ' -f1 "$work/peak")" -out "$work/engine.json"
+  for budget in 32768 65536; do
+    "$gpu" http -model "$work/full-fp16" -budget $budget
+  done
   ;;
 *)
   echo "run.sh torch|engine" >&2

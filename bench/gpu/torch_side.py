@@ -183,7 +183,7 @@ def time_torch(checkpoint, peak_tflops, out):
                         best = max(best, len(rows) / took)
                     else:
                         first = len(rows) / took
-                    if took > 12:
+                    if took > 25:
                         best = max(best, len(rows) / took)
                         break
             n = loads[name].astype(np.float64)
