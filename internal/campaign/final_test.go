@@ -82,8 +82,9 @@ func (h *history) nothing() {
 
 // converge runs one repairing reconcile and one that must find nothing (P5).
 func (h *history) converge(ctx context.Context, i *instance) bool {
-	// Where the index is gone, the workers cannot end before reconcile has built another.
-	if h.p.loss == "" {
+	// What is queued is no difference, so the queue ends first; where the index is gone, the
+	// workers cannot end before reconcile has built another.
+	if h.p.loss != "collection" {
 		h.settled(ctx)
 	}
 	if rep, ok := h.reconcileNow(ctx, i, true); !ok {
