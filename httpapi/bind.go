@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"github.com/go-json-experiment/json"
@@ -62,6 +63,9 @@ func readBody(c echo.Context) ([]byte, error) {
 	if _, err := b.ReadFrom(r.Body); err != nil {
 		return nil, bodyReadError(err)
 	}
+	// The deadline was for the body. Past its end, net/http watches the connection, and would
+	// take a deadline for a caller who left.
+	_ = http.NewResponseController(c.Response()).SetReadDeadline(time.Time{})
 	return b.Bytes(), nil
 }
 

@@ -223,7 +223,9 @@ func (s *Server) bound(rt *route) echo.MiddlewareFunc {
 			// A slow sender or reader must not hold a slot for ever. A large reply renews its
 			// deadline as it goes (see reply.send).
 			ctl := http.NewResponseController(c.Response())
-			deadline(ctl.SetReadDeadline, timeout)
+			if r.ContentLength != 0 {
+				deadline(ctl.SetReadDeadline, timeout) // ended by readBody
+			}
 			deadline(ctl.SetWriteDeadline, timeout+writeTime)
 			return next(c)
 		}

@@ -8,6 +8,7 @@ import (
 	"io"
 	"mime"
 	"net/http"
+	"slices"
 	"strconv"
 	"time"
 
@@ -21,9 +22,12 @@ import (
 const (
 	// streamBatch is the most documents of a stream that are accepted in one transaction.
 	streamBatch = 128 // unmeasured
-	// streamAhead bounds the bytes that are read ahead of what was ingested. A longer line is
-	// taken alone.
-	streamAhead = 4 << 20
+	// streamFlights is how many batches are worked on side by side, so that the model is not
+	// idle while the last chunks of one batch settle.
+	streamFlights = 4 // unmeasured
+	// streamAhead bounds the bytes that are read ahead of what was answered, over all batches.
+	// A longer line is taken alone.
+	streamAhead = 8 << 20
 	// streamRetry is how long a stream waits in all for a store or a queue that is full before
 	// it gives up on a batch.
 	streamRetry = 30 * time.Second
@@ -55,6 +59,9 @@ type lineResultJSON struct {
 // A line that is not a document fails alone. When the stores stay away, or the stream breaks,
 // the last line is {"error":...} and nothing more is read: everything unanswered may be sent
 // again, because writing is idempotent.
+//
+// Three parties: readLines cuts lines, dispatch makes flights of them, and this goroutine
+// answers the flights in order. It ends the other two and waits for them.
 func (s *Server) streamDocuments(c echo.Context, collection string, wait bool) error {
 	ctx, cancel := context.WithCancel(c.Request().Context())
 	defer cancel()
@@ -68,53 +75,131 @@ func (s *Server) streamDocuments(c echo.Context, collection string, wait bool) e
 		c.Response().Header().Set("Connection", "close")
 	}
 
-	lines := make(chan line, streamBatch)
-	ahead := semaphore.NewWeighted(streamAhead)
-	broken := make(chan error, 1)
-	go func() {
-		defer close(lines)
-		broken <- s.readLines(ctx, c, ctl, lines, ahead)
-	}()
-	// The reader must be gone before the handler returns: it touches the request's body.
+	st := &stream{
+		s: s, collection: collection, wait: wait, body: c.Request().Body, ctl: ctl,
+		lines: make(chan line, streamBatch), flights: make(chan *flight, streamFlights-1),
+		ahead: semaphore.NewWeighted(streamAhead), read: make(chan struct{}),
+	}
+	go st.readLines(ctx)
+	go st.dispatch(ctx)
 	defer func() {
 		cancel()
-		deadline(ctl.SetReadDeadline, -time.Second)
-		for range lines { //nolint:revive // only to let the reader end
+		select {
+		case <-st.read:
+		default:
+			// The reader waits for the network, and must be gone before the handler returns: the
+			// request's body is not ours afterwards.
+			deadline(ctl.SetReadDeadline, -time.Second)
+			<-st.read
+		}
+		for f := range st.flights {
+			<-f.done
 		}
 	}()
 
 	out := &lineWriter{c: c, ctl: ctl, idle: s.cfg.StreamIdle}
-	for {
-		batch, more := takeBatch(lines)
-		if len(batch) > 0 {
-			results, err := s.ingestLines(ctx, c, collection, wait, batch)
-			for i := range batch {
-				ahead.Release(batch[i].weight)
-			}
-			if err != nil && !out.started {
-				return err // nothing was written or accepted: an ordinary error reply
-			}
-			if err != nil {
-				return out.fail(err)
-			}
-			if err := out.write(batch, results); err != nil {
+	for f := range st.flights {
+		<-f.done
+		switch {
+		case f.err == nil:
+			if err := out.write(f.batch, f.results); err != nil {
 				return err
 			}
-		}
-		if !more {
-			break
+		case !out.started:
+			return f.err // nothing was answered yet: an ordinary error reply
+		default:
+			return out.fail(f.err)
 		}
 	}
-	if err := <-broken; err != nil {
-		if !out.started {
-			return err
-		}
-		return out.fail(err)
-	}
-	if !out.started {
+	<-st.read
+	switch {
+	case st.broken == nil && !out.started:
 		return refuse(http.StatusBadRequest, "empty_input", "the stream has no documents")
+	case st.broken == nil:
+		return nil
+	case !out.started:
+		return st.broken
 	}
-	return nil
+	return out.fail(st.broken)
+}
+
+// stream is one request's state. lines and flights are closed by their only senders.
+type stream struct {
+	s          *Server
+	collection string
+	wait       bool
+	body       io.Reader
+	ctl        *http.ResponseController
+	lines      chan line
+	flights    chan *flight
+	ahead      *semaphore.Weighted
+	// read is closed when readLines has ended; broken, set before, is why it ended early.
+	read   chan struct{}
+	broken error
+}
+
+// flight is a batch on its way. results and err are read after done is closed.
+type flight struct {
+	batch   []line
+	ids     map[string]bool
+	done    chan struct{}
+	results []corpus.DocumentResult
+	err     error
+}
+
+// dispatch starts a flight for each batch, in order. A flight that repeats an id of one that
+// is still under way waits for it: a document's versions are taken in the order of the lines.
+func (st *stream) dispatch(ctx context.Context) {
+	defer close(st.flights)
+	var under []*flight
+	for more := true; more; {
+		var f flight
+		f.batch, more = takeBatch(st.lines)
+		if len(f.batch) == 0 {
+			return
+		}
+		f.ids, f.done = make(map[string]bool, len(f.batch)), make(chan struct{})
+		for i := range f.batch {
+			f.ids[f.batch[i].doc.ID] = true
+		}
+		under = slices.DeleteFunc(under, func(u *flight) bool {
+			if u.overlaps(&f) {
+				<-u.done
+			}
+			return u.landed()
+		})
+		select {
+		case st.flights <- &f: // waits while enough are under way
+		case <-ctx.Done():
+			return
+		}
+		under = append(under, &f)
+		go func() {
+			defer close(f.done)
+			f.results, f.err = st.ingestLines(ctx, f.batch)
+			for i := range f.batch {
+				st.ahead.Release(f.batch[i].weight)
+			}
+		}()
+	}
+}
+
+func (f *flight) overlaps(other *flight) bool {
+	for id := range other.ids {
+		if f.ids[id] {
+			return true
+		}
+	}
+	return false
+}
+
+func (f *flight) landed() bool {
+	select {
+	case <-f.done:
+		return true
+	default:
+		return false
+	}
 }
 
 // takeBatch waits for one line, then takes what else is there without waiting. more is false
@@ -139,37 +224,46 @@ func takeBatch(lines <-chan line) (batch []line, more bool) {
 	return batch, true
 }
 
-// readLines cuts the body into lines and decodes them. It returns nil at the end of the body.
-func (s *Server) readLines(ctx context.Context, c echo.Context, ctl *http.ResponseController, lines chan<- line, ahead *semaphore.Weighted) error {
-	r := bufio.NewReaderSize(c.Request().Body, 64<<10)
+// readLines cuts the body into lines and decodes them, until its end.
+func (st *stream) readLines(ctx context.Context) {
+	defer close(st.read)
+	defer close(st.lines)
+	// From the end of the body on, net/http watches the connection: a deadline that was meant
+	// for lines must not look like a caller who left.
+	defer func() { _ = st.ctl.SetReadDeadline(time.Time{}) }()
+	r := bufio.NewReaderSize(st.body, 64<<10)
 	var buf []byte
 	for number := 1; ; number++ {
-		deadline(ctl.SetReadDeadline, s.cfg.StreamIdle)
+		deadline(st.ctl.SetReadDeadline, st.s.cfg.StreamIdle)
 		// Looked at after the deadline was set: whoever cancels sets a deadline in the past
 		// afterwards, so one of the two ends the read.
 		if ctx.Err() != nil {
-			return ctx.Err()
+			st.broken = ctx.Err()
+			return
 		}
-		raw, tooLong, err := readLine(r, buf[:0], s.cfg.MaxLineBytes)
+		raw, tooLong, err := readLine(r, buf[:0], st.s.cfg.MaxLineBytes)
 		buf = raw
 		if err != nil && !errors.Is(err, io.EOF) {
-			return bodyReadError(err)
+			st.broken = bodyReadError(err)
+			return
 		}
 		if tooLong || len(bytes.TrimSpace(raw)) > 0 {
-			l := decodeLine(raw, tooLong, s.cfg.MaxLineBytes)
+			l := decodeLine(raw, tooLong, st.s.cfg.MaxLineBytes)
 			l.number = number
 			l.weight = min(int64(len(raw)), streamAhead)
-			if ahead.Acquire(ctx, l.weight) != nil {
-				return ctx.Err()
+			if st.ahead.Acquire(ctx, l.weight) != nil {
+				st.broken = ctx.Err()
+				return
 			}
 			select {
-			case lines <- l:
+			case st.lines <- l:
 			case <-ctx.Done():
-				return ctx.Err()
+				st.broken = ctx.Err()
+				return
 			}
 		}
 		if err != nil {
-			return nil
+			return
 		}
 	}
 }
@@ -208,7 +302,7 @@ func decodeLine(raw []byte, tooLong bool, limit int) line {
 }
 
 // ingestLines answers a result for each line. Runs without a repeated id are sent together.
-func (s *Server) ingestLines(ctx context.Context, c echo.Context, collection string, wait bool, batch []line) ([]corpus.DocumentResult, error) {
+func (st *stream) ingestLines(ctx context.Context, batch []line) ([]corpus.DocumentResult, error) {
 	results := make([]corpus.DocumentResult, len(batch))
 	var docs []corpus.DocumentInput
 	var place []int
@@ -217,7 +311,7 @@ func (s *Server) ingestLines(ctx context.Context, c echo.Context, collection str
 		if len(docs) == 0 {
 			return nil
 		}
-		answered, err := s.ingestPatiently(ctx, c, corpus.IngestRequest{Collection: collection, Documents: docs, Wait: wait})
+		answered, err := st.ingestPatiently(ctx, corpus.IngestRequest{Collection: st.collection, Documents: docs, Wait: st.wait})
 		if err != nil {
 			return err
 		}
@@ -254,12 +348,12 @@ func (s *Server) ingestLines(ctx context.Context, c echo.Context, collection str
 
 // ingestPatiently lets a full queue or a store that is away for a moment slow the stream down
 // instead of breaking it: not reading on is how a stream says "wait".
-func (s *Server) ingestPatiently(ctx context.Context, c echo.Context, req corpus.IngestRequest) ([]corpus.DocumentResult, error) {
+func (st *stream) ingestPatiently(ctx context.Context, req corpus.IngestRequest) ([]corpus.DocumentResult, error) {
 	pause := 100 * time.Millisecond
 	until := time.Now().Add(streamRetry)
 	for {
-		attempt, cancel := context.WithTimeout(ctx, s.cfg.IngestTimeout)
-		answered, err := s.deps.Ingester.Ingest(attempt, req)
+		attempt, cancel := context.WithTimeout(ctx, st.s.cfg.IngestTimeout)
+		answered, err := st.s.deps.Ingester.Ingest(attempt, req)
 		cancel()
 		if err == nil && len(answered) != len(req.Documents) {
 			return nil, errors.New("ingest answered " + strconv.Itoa(len(answered)) + " results for " + strconv.Itoa(len(req.Documents)) + " documents")

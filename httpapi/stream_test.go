@@ -307,6 +307,64 @@ func TestStreamOfACallerWhoLeaves(t *testing.T) {
 	// goleak and the server's Close in cleanup see that nothing hangs.
 }
 
+// TestLongWaitAfterTheBodyIsNoLeaving: the deadline for lines has passed long before the
+// answer comes, and the caller is still there.
+func TestLongWaitAfterTheBodyIsNoLeaving(t *testing.T) {
+	t.Parallel()
+	gate := make(chan struct{})
+	b := setup(t, func(c *Config, b *bench) { c.StreamIdle = 200 * time.Millisecond; b.ledger.gate = gate })
+	timer := time.AfterFunc(time.Second, func() { close(gate) })
+	defer timer.Stop()
+	a := b.do("POST", "/documents", `{"id":"a","text":"x"}`, "Content-Type", ndjson)
+	if a.status != 200 || lines(t, a.body)[0]["status"] != "accepted" {
+		t.Errorf("%d %s", a.status, a.body)
+	}
+}
+
+// TestStreamKeepsTheOrderOfVersions lets batches overtake each other and expects the last line
+// of each document to win.
+func TestStreamKeepsTheOrderOfVersions(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	slow := &slowLedger{ledger: b.ledger}
+	b.server.deps.Ingester = slow
+	var body strings.Builder
+	for i := range 2000 {
+		fmt.Fprintf(&body, "{\"id\":\"d%d\",\"text\":\"%d\"}\n", i%300, i)
+	}
+	a := b.do("POST", "/documents", body.String(), "Content-Type", ndjson)
+	got := lines(t, a.body)
+	for i, l := range got {
+		if l["line"] != float64(i+1) || l["id"] != fmt.Sprintf("d%d", i%300) {
+			t.Fatalf("answer %d is %v", i, l)
+		}
+	}
+	for i := 1700; i < 2000; i++ {
+		if v := b.ledger.docs["default"][fmt.Sprintf("d%d", i%300)]; v.Chunks[0].Text != fmt.Sprint(i) {
+			t.Fatalf("document d%d holds %s, the last line said %d", i%300, v.Chunks[0].Text, i)
+		}
+	}
+	if slow.most.Load() < 2 {
+		t.Error("no two batches were under way at once")
+	}
+}
+
+// slowLedger takes its time, less and less, so that later calls would overtake earlier ones.
+type slowLedger struct {
+	*ledger
+	calls, inside, most atomic.Int64
+}
+
+func (l *slowLedger) Ingest(ctx context.Context, req corpus.IngestRequest) ([]corpus.DocumentResult, error) {
+	n := l.inside.Add(1)
+	defer l.inside.Add(-1)
+	for old := l.most.Load(); n > old && !l.most.CompareAndSwap(old, n); old = l.most.Load() {
+	}
+	timer := time.NewTimer(time.Duration(max(1, 20-5*(l.calls.Add(1)%4))) * time.Millisecond)
+	<-timer.C
+	return l.ledger.Ingest(ctx, req)
+}
+
 func TestIdleStreamIsCut(t *testing.T) {
 	t.Parallel()
 	b := setup(t, func(c *Config, _ *bench) { c.StreamIdle = 50 * time.Millisecond })
