@@ -41,8 +41,9 @@ const (
 	bytesPerToken = 4
 	// longToken is the longest span taken for one token. A tokenizer that gives up on a word (WordPiece
 	// above 100 characters) makes a whole line of base64 one token; cut up, the parts count
-	// more, so such a span is counted by its bytes.
-	longToken = 100
+	// more, so such a span is counted by its bytes: base64 was seen to need 2.2 a token.
+	longToken         = 100
+	bytesPerLongToken = 2
 	// longCluster bounds a grapheme cluster that is kept whole, in runes. Unicode's
 	// stream-safe format ends a cluster at 30 combining marks.
 	longCluster = 32
@@ -75,13 +76,13 @@ func atomise(text string, spans []corpus.TokenSpan) []atom {
 		start = max(start, at)
 		if gap := text[at:start]; !blank(gap) {
 			if len(strings.TrimSpace(gap)) > untokenized {
-				estimate(text, at, start, add)
+				estimate(text, at, start, bytesPerToken, add)
 			} else {
 				add(at, start, 0)
 			}
 		}
 		if end-start > longToken {
-			estimate(text, start, end, add)
+			estimate(text, start, end, bytesPerLongToken, add)
 		} else {
 			add(start, end, 1)
 		}
@@ -91,7 +92,7 @@ func atomise(text string, spans []corpus.TokenSpan) []atom {
 		if len(spans) > 0 && len(strings.TrimSpace(rest)) <= untokenized {
 			add(at, len(text), 0)
 		} else {
-			estimate(text, at, len(text), add)
+			estimate(text, at, len(text), bytesPerToken, add)
 		}
 	}
 	atoms = joinClusters(text, atoms)
@@ -108,9 +109,9 @@ func atomise(text string, spans []corpus.TokenSpan) []atom {
 	return atoms
 }
 
-// estimate adds the text between start and end as pieces of words of at most bytesPerToken
-// bytes (at least one rune) and single other runes, one token each.
-func estimate(text string, start, end int, add func(start, end, tokens int)) {
+// estimate adds the text between start and end as pieces of words of at most longest bytes (at
+// least one rune) and single other runes, one token each.
+func estimate(text string, start, end, longest int, add func(start, end, tokens int)) {
 	inWord := func(r rune) bool { return unicode.IsLetter(r) || unicode.IsDigit(r) }
 	for i := start; i < end; {
 		r, size := utf8.DecodeRuneInString(text[i:end])
@@ -121,7 +122,7 @@ func estimate(text string, start, end int, add func(start, end, tokens int)) {
 		j := i + size
 		for inWord(r) && j < end {
 			next, size := utf8.DecodeRuneInString(text[j:end])
-			if !inWord(next) || j+size-i > bytesPerToken {
+			if !inWord(next) || j+size-i > longest {
 				break
 			}
 			j += size

@@ -185,7 +185,7 @@ func TestMissingSpansAreEstimated(t *testing.T) {
 	line := strings.Repeat("QUJD", 5000)
 	chunks := Split(line, []corpus.TokenSpan{{Start: 0, End: len(line)}}, corpus.Chunking{TargetTokens: 64})
 	for i, c := range chunks {
-		if len(c) > 64*bytesPerToken {
+		if len(c) > 64*bytesPerLongToken {
 			t.Errorf("chunk %d of a long word has %d bytes", i, len(c))
 		}
 	}
