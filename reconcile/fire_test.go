@@ -143,6 +143,8 @@ func TestUnderFire(t *testing.T) {
 		t.Errorf("too little happened: %d operations, %d runs", ops.Load(), runs.Load())
 	}
 	w.settled()
+	// The last late writes are swept by one repairing run, and the next finds nothing.
+	w.run(corpus.ReconcileRequest{Collection: name, Depth: corpus.Deep, Repair: true, MaxDeletes: 1})
 	rep, found := w.run(corpus.ReconcileRequest{Collection: name, Depth: corpus.Deep})
 	clean(t, rep, found)
 	// The index holds exactly what Postgres says.
@@ -289,6 +291,32 @@ func TestScrub(t *testing.T) {
 	only(t, found, map[corpus.FindingKind]int{corpus.Orphan: 2})
 	rep, found = w.run(corpus.ReconcileRequest{Collection: name, Depth: corpus.Deep})
 	clean(t, rep, found)
+}
+
+// A request does not wait for the background: a scrub that holds the collection steps aside.
+func TestRequestPreemptsScrub(t *testing.T) {
+	w := newWorld(t)
+	live := w.fill(0, 20)
+	w.must(w.index.DeletePoints(w.ctx(), w.ix(), live[:1]))
+	cfg := w.cfg
+	cfg.Grace, cfg.Scrub = time.Hour, reconcile.ScrubConfig{QuickEvery: time.Hour, FullWithin: 10000 * time.Hour, Tick: time.Millisecond}
+	s := reconcile.New(cfg, w.store, w.index, logger(), prometheus.NewRegistry())
+	t.Cleanup(s.Close)
+	ctx, cancel := context.WithCancel(w.ctx())
+	done := make(chan error, 1)
+	go func() { done <- s.Scrub(ctx) }()
+	w.eventually("a scrub that waits for its grace", func() bool {
+		runs, err := w.store.ActiveRuns(w.ctx())
+		w.must(err)
+		return len(runs) == 1 && runs[0].Stage == corpus.StageConfirm
+	})
+	rep, found := w.run(corpus.ReconcileRequest{Collection: name})
+	only(t, found, map[corpus.FindingKind]int{corpus.Missing: 1})
+	if rep.State != corpus.RunDone {
+		t.Errorf("ended as %s: %s", rep.State, rep.Error)
+	}
+	cancel()
+	w.must(<-done)
 }
 
 // Off means that the background reads no collection by itself.

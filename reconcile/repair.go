@@ -259,7 +259,7 @@ func (w *work) checkBrake(ctx context.Context) error {
 		want := all[corpus.Orphan] - repaired[corpus.Orphan]
 		if t.Stopped != "" {
 			if want+all[corpus.RolledBack] > 0 {
-				err = w.brake(ctx, t, t.Stopped+"; nothing was deleted. "+afterRollback)
+				err = w.brake(ctx, t, t.Stopped+"; nothing was deleted. "+afterRollback(t.Name))
 			}
 			if err != nil {
 				return err
@@ -359,7 +359,9 @@ func (w *work) held(ctx context.Context, t *target) (bool, error) {
 }
 
 // afterRollback is what resolves a stop; force does not.
-const afterRollback = "Find out which Postgres is right. If this one is: lockstep reconcile --adopt-rollback. If the index is to be built again from it: lockstep reconcile --discard-rollback (docs/reconcile.md)"
+func afterRollback(collection string) string {
+	return fmt.Sprintf("Find out which Postgres is right. If it is this one: lockstep reconcile --collection %q --rollback adopt. If the index is to be built again from it: --rollback discard (docs/reconcile.md)", collection)
+}
 
 // bury deletes one batch.
 func (w *work) bury(ctx context.Context, sc *scope, batch []corpus.Finding) error {

@@ -79,12 +79,24 @@ func (s *Service) lead(ctx context.Context, id corpus.ID, pace *pacer) {
 	cancel(errClosing)
 	_ = guard.Wait() // its error is the cause above
 
+	// What was done must be recorded even as the process leaves.
+	rctx, stop := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer stop()
+	stopping := errors.Is(err, errClosing) || errors.Is(err, context.Canceled)
 	state, message := corpus.RunDone, ""
 	switch {
-	case errors.Is(err, errLostLead), errors.Is(err, errClosing):
-		// The run is not ours to end: its checkpoints stay for whoever goes on with it.
-		s.log.InfoContext(ctx, "reconcile run left to others", "run", id, "cause", err)
+	case errors.Is(err, errLostLead):
+		s.log.InfoContext(ctx, "reconcile run led elsewhere", "run", id)
 		return
+	case stopping && (rec.Spec.Origin == "request" || rec.Spec.ID.IsZero()):
+		// Somebody waits for it: its checkpoints stay, and another instance may lead at once.
+		s.log.InfoContext(ctx, "reconcile run left to others", "run", id)
+		if _, err := s.ledger.LeadRun(rctx, id, s.leader, 0, false); err != nil {
+			s.log.WarnContext(rctx, "giving up the lead of a reconcile run", "run", id, "error", err)
+		}
+		return
+	case stopping:
+		state, message = corpus.RunCancelled, "the service stopped" // the background comes round again
 	case errors.Is(err, errCancelled):
 		state, message = corpus.RunCancelled, "the run was cancelled; it can be resumed"
 	case err != nil:
@@ -92,9 +104,6 @@ func (s *Service) lead(ctx context.Context, id corpus.ID, pace *pacer) {
 	case braked != "":
 		state, message = corpus.RunBraked, braked
 	}
-	// What was done must be recorded even as the process leaves.
-	rctx, stop := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
-	defer stop()
 	ended, ferr := s.ledger.FinishRun(rctx, id, s.leader, state, message, s.clock.Now())
 	switch {
 	case ferr != nil:
@@ -175,7 +184,7 @@ func (s *Service) stages(ctx context.Context, rec corpus.RunRecord, pace *pacer)
 	if err != nil {
 		return "", err
 	}
-	for stage := rec.Stage; stage < corpus.StageFinish; stage++ {
+	for stage := rec.Stage; stage < corpus.StageFinish; {
 		switch stage {
 		case corpus.StagePrepare:
 			err = w.prepare(ctx)
@@ -192,13 +201,18 @@ func (s *Service) stages(ctx context.Context, rec corpus.RunRecord, pace *pacer)
 		if err != nil {
 			return "", err
 		}
-		ok, err := s.ledger.AdvanceRun(ctx, w.spec.ID, s.leader, stage+1)
+		next := stage + 1
+		if next == corpus.StageSettle && !w.spec.Repair && !w.spec.Sweep {
+			next = corpus.StageFinish // nothing is to be changed
+		}
+		ok, err := s.ledger.AdvanceRun(ctx, w.spec.ID, s.leader, next)
 		if err != nil {
 			return "", err
 		}
 		if !ok {
 			return "", errLostLead
 		}
+		stage = next
 	}
 	rec, err = s.ledger.GetRun(ctx, w.spec.ID)
 	for _, t := range rec.Targets {

@@ -547,7 +547,7 @@ func TestPostgresRestoredFromAnOldBackup(t *testing.T) {
 			before := w.points()
 			for range 2 {
 				rep, found := w.run(corpus.ReconcileRequest{Collection: name, Repair: true, Force: true})
-				if rep.State != corpus.RunBraked || !strings.Contains(rep.Error, "--adopt-rollback") {
+				if rep.State != corpus.RunBraked || !strings.Contains(rep.Error, "--rollback adopt") {
 					t.Fatalf("ended as %s: %s", rep.State, rep.Error)
 				}
 				kinds := map[corpus.FindingKind]int{}

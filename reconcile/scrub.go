@@ -91,7 +91,7 @@ func (s *Service) try(ctx context.Context, what string, f func(context.Context) 
 	err := f(ctx)
 	switch {
 	case err == nil, ctx.Err() != nil:
-	case corpus.CodeOf(err) == "reconcile_running":
+	case corpus.CodeOf(err) == codeRunning:
 		// somebody is looking at the collection already
 	default:
 		s.log.WarnContext(ctx, "background reconcile: "+what, "error", err)

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -320,28 +321,89 @@ func (s *Service) isLeading(run corpus.ID) bool {
 // holds a collection.
 func (s *Service) Start(ctx context.Context, req corpus.ReconcileRequest) (corpus.ID, error) {
 	if req.Resume {
-		rec, err := s.ledger.ResumableRun(ctx, req.Collection)
-		if err != nil {
-			return corpus.ID{}, err
-		}
-		got, err := s.ledger.LeadRun(ctx, rec.Spec.ID, s.leader, s.cfg.Lease, true)
-		if err != nil {
-			return corpus.ID{}, err
-		}
-		if !got {
-			return corpus.ID{}, corpus.Errorf(corpus.Conflict, "reconcile_running", "run %s goes on elsewhere", rec.Spec.ID)
-		}
-		return rec.Spec.ID, s.launch(rec)
+		return s.resume(ctx, req.Collection)
 	}
 	spec, err := s.spec(req)
 	if err != nil {
 		return corpus.ID{}, err
 	}
-	rec, err := s.ledger.CreateRun(ctx, spec, s.clock.Now(), s.leader, s.cfg.Lease)
+	var rec corpus.RunRecord
+	err = s.insist(ctx, spec.Collections, func() (err error) {
+		rec, err = s.ledger.CreateRun(ctx, spec, s.clock.Now(), s.leader, s.cfg.Lease)
+		return err
+	})
 	if err != nil {
 		return corpus.ID{}, err
 	}
 	return spec.ID, s.launch(rec)
+}
+
+func (s *Service) resume(ctx context.Context, collection string) (corpus.ID, error) {
+	rec, err := s.ledger.ResumableRun(ctx, collection)
+	if err != nil {
+		return corpus.ID{}, err
+	}
+	var got bool
+	err = s.insist(ctx, rec.Spec.Collections, func() (err error) {
+		got, err = s.ledger.LeadRun(ctx, rec.Spec.ID, s.leader, s.cfg.Lease, true)
+		return err
+	})
+	switch {
+	case err != nil:
+		return corpus.ID{}, err
+	case !got:
+		return corpus.ID{}, corpus.Errorf(corpus.Conflict, codeRunning, "run %s goes on elsewhere", rec.Spec.ID)
+	}
+	return rec.Spec.ID, s.launch(rec)
+}
+
+// insist takes collections for somebody who asked: where the background holds one of them, it
+// is told to step aside and waited for.
+func (s *Service) insist(ctx context.Context, names []string, take func() error) error {
+	for began := s.clock.Now(); ; {
+		err := take()
+		if corpus.CodeOf(err) != codeRunning || s.clock.Now().Sub(began) > preemptWait {
+			return err
+		}
+		inWay, perr := s.preempt(ctx, names)
+		switch {
+		case perr != nil:
+			return perr
+		case !inWay:
+			return err
+		}
+		if serr := s.clock.Sleep(ctx, s.cfg.Poll); serr != nil {
+			return serr
+		}
+	}
+}
+
+// codeRunning is how the ledger says that another run holds a collection.
+const codeRunning = "reconcile_running"
+
+// preemptWait bounds how long a request waits for background runs to step aside: they notice
+// within a second, or at their next page.
+const preemptWait = 15 * time.Second
+
+// preempt asks background runs of the collections to end, for somebody who asked. inWay is
+// false when what holds the collections is not the background.
+func (s *Service) preempt(ctx context.Context, names []string) (inWay bool, err error) {
+	runs, err := s.ledger.ActiveRuns(ctx)
+	if err != nil {
+		return false, err
+	}
+	for _, r := range runs {
+		if len(names) > 0 && !slices.ContainsFunc(r.Spec.Collections, func(n string) bool { return slices.Contains(names, n) }) {
+			continue
+		}
+		if r.Spec.Origin == "request" {
+			return false, nil
+		}
+		if err := s.ledger.CancelRun(ctx, r.Spec.ID); err != nil {
+			return false, err
+		}
+	}
+	return true, nil
 }
 
 func (s *Service) launch(rec corpus.RunRecord) error {

@@ -11,6 +11,19 @@ import (
 	"github.com/lockstep-db/lockstep/internal/corpus"
 )
 
+// relaxed is inTx for the bookkeeping of runs: its commit does not wait for the disk. A crash of
+// Postgres may undo the last of them, which costs work that is done again and nothing else: a
+// range's progress and its suspects go or stay together, and every later commit that matters
+// (a decision, a tombstone) brings all earlier ones to disk first.
+func (s *Store) relaxed(ctx context.Context, doing string, do func(tx pgx.Tx) error) error {
+	return s.inTx(ctx, doing, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, "SET LOCAL synchronous_commit = off"); err != nil {
+			return err
+		}
+		return do(tx)
+	})
+}
+
 // CreateRun records a run and takes its collections for it, with its leader's lease. While
 // another run holds one of them the answer is a Conflict with code reconcile_running that
 // names the run.
@@ -156,8 +169,13 @@ func (s *Store) LeadRun(ctx context.Context, id, leader corpus.ID, lease time.Du
 
 // AdvanceRun moves the run to stage if leader still leads it; false otherwise.
 func (s *Store) AdvanceRun(ctx context.Context, id, leader corpus.ID, stage corpus.RunStage) (bool, error) {
-	tag, err := s.pool.Exec(ctx, `UPDATE reconcile_runs SET stage = $3 WHERE id = $1 AND leader_token = $2 AND state = 'running' AND stage < $3`, id, leader, int(stage))
-	return tag.RowsAffected() == 1, wrap("advancing a reconcile run", err)
+	var moved bool
+	err := s.relaxed(ctx, "advancing a reconcile run", func(tx pgx.Tx) error {
+		tag, err := tx.Exec(ctx, `UPDATE reconcile_runs SET stage = $3 WHERE id = $1 AND leader_token = $2 AND state = 'running' AND stage < $3`, id, leader, int(stage))
+		moved = tag.RowsAffected() == 1
+		return err
+	})
+	return moved, err
 }
 
 // CancelRun asks for a run's end; its leader and helpers notice at their next checkpoint. A
@@ -221,7 +239,7 @@ func (s *Store) KnownQdrantNames(ctx context.Context, names []string) ([]string,
 // whether deletes are forbidden, and the ranges to read. Doing it again changes nothing that
 // has begun.
 func (s *Store) PrepareTarget(ctx context.Context, run corpus.ID, t corpus.RunTarget, ranges []corpus.RunRange) error {
-	return s.inTx(ctx, "preparing a reconcile run", func(tx pgx.Tx) error {
+	return s.relaxed(ctx, "preparing a reconcile run", func(tx pgx.Tx) error {
 		if _, err := tx.Exec(ctx, `UPDATE reconcile_targets SET index_points = $3, stopped = $4 WHERE run_id = $1 AND collection_id = $2`,
 			run, t.Collection, t.IndexPoints, t.Stopped); err != nil {
 			return err
@@ -235,29 +253,30 @@ func (s *Store) PrepareTarget(ctx context.Context, run corpus.ID, t corpus.RunTa
 	})
 }
 
-// ClaimRange leases one range of the run that still has stage to do; ok is false if there is
-// none to be had now, and left says how many are unfinished, leased ones included.
+// ClaimRange leases one range of the run that still has stage, or one before it, to do; the
+// range says which. ok is false if there is none to be had now, and left says how many are
+// unfinished, leased ones included.
 func (s *Store) ClaimRange(ctx context.Context, run corpus.ID, stage corpus.RunStage, token corpus.ID, lease time.Duration) (r corpus.RunRange, ok bool, left int, err error) {
-	err = s.pool.QueryRow(ctx, `
-		WITH next AS (
-			SELECT run_id, index_id, lo FROM reconcile_ranges
-			WHERE run_id = $1 AND stage = $2 AND (lease_until IS NULL OR lease_until < now())
-			ORDER BY index_id, lo LIMIT 1 FOR UPDATE SKIP LOCKED)
-		UPDATE reconcile_ranges r SET lease_token = $3, lease_until = now() + make_interval(secs => $4)
-		FROM next n WHERE r.run_id = n.run_id AND r.index_id = n.index_id AND r.lo = n.lo
-		RETURNING r.run_id, r.index_id, r.lo, r.hi, r.cursor, r.stage, r.lease_token`,
-		run, int(stage), token, lease.Seconds()).Scan(&r.Run, &r.Index, &r.Lo, &r.Hi, &r.Cursor, &r.Stage, &r.Token)
-	if err == nil {
-		return r, true, 1, nil
-	}
-	if !errors.Is(err, pgx.ErrNoRows) {
-		return r, false, 0, wrap("leasing a range", err)
-	}
-	err = s.pool.QueryRow(ctx, `SELECT count(*) FROM reconcile_ranges WHERE run_id = $1 AND stage = $2`, run, int(stage)).Scan(&left)
-	return r, false, left, wrap("counting ranges", err)
+	err = s.relaxed(ctx, "leasing a range", func(tx pgx.Tx) error {
+		err := tx.QueryRow(ctx, `
+			WITH next AS (
+				SELECT run_id, index_id, lo FROM reconcile_ranges
+				WHERE run_id = $1 AND stage <= $2 AND (lease_until IS NULL OR lease_until < now())
+				ORDER BY index_id, lo LIMIT 1 FOR UPDATE SKIP LOCKED)
+			UPDATE reconcile_ranges r SET lease_token = $3, lease_until = now() + make_interval(secs => $4)
+			FROM next n WHERE r.run_id = n.run_id AND r.index_id = n.index_id AND r.lo = n.lo
+			RETURNING r.run_id, r.index_id, r.lo, r.hi, r.cursor, r.stage, r.lease_token`,
+			run, int(stage), token, lease.Seconds()).Scan(&r.Run, &r.Index, &r.Lo, &r.Hi, &r.Cursor, &r.Stage, &r.Token)
+		if ok = err == nil; ok || !errors.Is(err, pgx.ErrNoRows) {
+			left = 1
+			return err
+		}
+		return tx.QueryRow(ctx, `SELECT count(*) FROM reconcile_ranges WHERE run_id = $1 AND stage <= $2`, run, int(stage)).Scan(&left)
+	})
+	return r, ok, left, err
 }
 
-// errLostLease tells a worker that its range belongs to somebody else by now, or that the run
+// lostLease tells a worker that its range belongs to somebody else by now, or that the run
 // was cancelled: it stops without recording anything.
 func lostLease() error {
 	return corpus.Errorf(corpus.Conflict, "lease_lost", "the range is leased to another worker, or its run has ended")
@@ -281,19 +300,21 @@ func (s *Store) ReleaseRange(ctx context.Context, r corpus.RunRange) error {
 }
 
 func (s *Store) onRange(ctx context.Context, r corpus.RunRange, update string, args ...any) error {
-	tag, err := s.pool.Exec(ctx, update+` WHERE run_id = $1 AND index_id = $2 AND lo = $3 AND lease_token = $4
-		AND EXISTS (SELECT 1 FROM reconcile_runs WHERE id = $1 AND state = 'running' AND NOT cancel_requested)`,
-		append([]any{r.Run, r.Index, r.Lo, r.Token}, args...)...)
-	if err == nil && tag.RowsAffected() == 0 {
-		return lostLease()
-	}
-	return wrap("updating a range", err)
+	return s.relaxed(ctx, "updating a range", func(tx pgx.Tx) error {
+		tag, err := tx.Exec(ctx, update+` WHERE run_id = $1 AND index_id = $2 AND lo = $3 AND lease_token = $4
+			AND EXISTS (SELECT 1 FROM reconcile_runs WHERE id = $1 AND state = 'running' AND NOT cancel_requested)`,
+			append([]any{r.Run, r.Index, r.Lo, r.Token}, args...)...)
+		if err == nil && tag.RowsAffected() == 0 {
+			return lostLease()
+		}
+		return err
+	})
 }
 
 // Checkpoint records in one transaction how far a scan has come and what it suspects, and
 // renews the lease; a Conflict with code lease_lost records nothing.
 func (s *Store) Checkpoint(ctx context.Context, r corpus.RunRange, p corpus.ScanProgress, lease time.Duration) error {
-	return s.inTx(ctx, "recording a checkpoint", func(tx pgx.Tx) error {
+	return s.relaxed(ctx, "recording a checkpoint", func(tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, `UPDATE reconcile_ranges SET cursor = $5, compared = compared + $6, expected = expected + $7, points = points + $8,
 				lease_until = now() + make_interval(secs => $9)
 			WHERE run_id = $1 AND index_id = $2 AND lo = $3 AND lease_token = $4
@@ -311,7 +332,10 @@ func (s *Store) Checkpoint(ctx context.Context, r corpus.RunRange, p corpus.Scan
 
 // AddSuspects records suspects of a run outside any range.
 func (s *Store) AddSuspects(ctx context.Context, run, index corpus.ID, suspects []corpus.Suspect) error {
-	return s.inTx(ctx, "recording suspects", func(tx pgx.Tx) error { return addSuspects(ctx, tx, run, index, suspects) })
+	if len(suspects) == 0 {
+		return nil
+	}
+	return s.relaxed(ctx, "recording suspects", func(tx pgx.Tx) error { return addSuspects(ctx, tx, run, index, suspects) })
 }
 
 func addSuspects(ctx context.Context, tx pgx.Tx, run, index corpus.ID, suspects []corpus.Suspect) error {
