@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"slices"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -78,20 +79,12 @@ func (s *Server) streamDocuments(c echo.Context, collection string, wait bool) e
 	st := &stream{
 		s: s, collection: collection, wait: wait, body: c.Request().Body, ctl: ctl,
 		lines: make(chan line, streamBatch), flights: make(chan *flight, streamFlights-1),
-		ahead: semaphore.NewWeighted(streamAhead), read: make(chan struct{}),
+		ahead: semaphore.NewWeighted(streamAhead), read: make(chan struct{}), over: make(chan struct{}),
 	}
 	go st.readLines(ctx)
 	go st.dispatch(ctx)
 	defer func() {
-		cancel()
-		select {
-		case <-st.read:
-		default:
-			// The reader waits for the network, and must be gone before the handler returns: the
-			// request's body is not ours afterwards.
-			deadline(ctl.SetReadDeadline, -time.Second)
-			<-st.read
-		}
+		st.stop(cancel, 0)
 		for f := range st.flights {
 			<-f.done
 		}
@@ -100,27 +93,64 @@ func (s *Server) streamDocuments(c echo.Context, collection string, wait bool) e
 	out := &lineWriter{c: c, ctl: ctl, idle: s.cfg.StreamIdle}
 	for f := range st.flights {
 		<-f.done
-		switch {
-		case f.err == nil:
-			if err := out.write(f.batch, f.results); err != nil {
-				return err
-			}
-		case !out.started:
-			return f.err // nothing was answered yet: an ordinary error reply
-		default:
-			return out.fail(f.err)
+		if f.err != nil {
+			return st.end(c, out, f.err, cancel)
+		}
+		if err := out.write(f.batch, f.results); err != nil {
+			return err
 		}
 	}
-	<-st.read
+	// The flights are closed after the lines, which are closed after broken was set.
 	switch {
-	case st.broken == nil && !out.started:
-		return refuse(http.StatusBadRequest, "empty_input", "the stream has no documents")
-	case st.broken == nil:
-		return nil
+	case st.broken != nil:
+		return st.end(c, out, st.broken, cancel)
 	case !out.started:
-		return st.broken
+		return refuse(http.StatusBadRequest, "empty_input", "the stream has no documents")
 	}
-	return out.fail(st.broken)
+	return nil
+}
+
+// How long, and how much, is read and thrown away of a stream that has ended early. A caller
+// who goes on sending into a closed connection would lose the reply that says why.
+const (
+	lingerTime  = 2 * time.Second
+	lingerBytes = 256 << 20
+)
+
+// end tells the caller why the stream ends early: by an ordinary error reply while nothing
+// was answered yet, else by a last line.
+func (st *stream) end(c echo.Context, out *lineWriter, err error, cancel context.CancelFunc) error {
+	if out.started {
+		err = out.fail(err)
+	} else if werr := st.s.writeProblem(c, toProblem(err)); werr != nil {
+		err = errors.Join(err, werr)
+	} else {
+		err = &endedError{err}
+	}
+	if ferr := st.ctl.Flush(); ferr != nil {
+		return err // nobody reads it
+	}
+	st.stop(cancel, lingerTime)
+	return err
+}
+
+// stop ends the reader, which must be gone before the handler returns: the request's body is
+// not ours afterwards. For the given time it reads on and throws away.
+func (st *stream) stop(cancel context.CancelFunc, linger time.Duration) {
+	cancel()
+	st.once.Do(func() {
+		st.linger = linger
+		close(st.over)
+		select {
+		case <-st.read:
+			return
+		default:
+		}
+		// The reader may be waiting for the network. It looks at over after each deadline that
+		// it sets itself, so the last deadline is one of ours.
+		deadline(st.ctl.SetReadDeadline, linger)
+	})
+	<-st.read
 }
 
 // stream is one request's state. lines and flights are closed by their only senders.
@@ -133,9 +163,14 @@ type stream struct {
 	lines      chan line
 	flights    chan *flight
 	ahead      *semaphore.Weighted
-	// read is closed when readLines has ended; broken, set before, is why it ended early.
-	read   chan struct{}
+	// over is closed when nothing more is wanted; linger is set before.
+	over   chan struct{}
+	once   sync.Once
+	linger time.Duration
+	// broken is why the body was not read to its end; it is set before lines is closed. read is
+	// closed when the reader is gone.
 	broken error
+	read   chan struct{}
 }
 
 // flight is a batch on its way. results and err are read after done is closed.
@@ -224,46 +259,56 @@ func takeBatch(lines <-chan line) (batch []line, more bool) {
 	return batch, true
 }
 
-// readLines cuts the body into lines and decodes them, until its end.
+// readLines cuts the body into lines and decodes them, until its end or until nothing more is
+// wanted.
 func (st *stream) readLines(ctx context.Context) {
 	defer close(st.read)
-	defer close(st.lines)
-	// From the end of the body on, net/http watches the connection: a deadline that was meant
-	// for lines must not look like a caller who left.
-	defer func() { _ = st.ctl.SetReadDeadline(time.Time{}) }()
 	r := bufio.NewReaderSize(st.body, 64<<10)
+	st.broken = st.cutLines(ctx, r)
+	close(st.lines)
+	if st.broken == nil {
+		// At the end of the body. From here on, net/http watches the connection: a deadline that
+		// was meant for lines must not look like a caller who left.
+		_ = st.ctl.SetReadDeadline(time.Time{})
+		return
+	}
+	<-st.over
+	if st.linger > 0 {
+		deadline(st.ctl.SetReadDeadline, st.linger)
+		_, _ = io.CopyN(io.Discard, r, lingerBytes)
+	}
+}
+
+// cutLines returns nil at the end of the body.
+func (st *stream) cutLines(ctx context.Context, r *bufio.Reader) error {
 	var buf []byte
 	for number := 1; ; number++ {
 		deadline(st.ctl.SetReadDeadline, st.s.cfg.StreamIdle)
-		// Looked at after the deadline was set: whoever cancels sets a deadline in the past
-		// afterwards, so one of the two ends the read.
-		if ctx.Err() != nil {
-			st.broken = ctx.Err()
-			return
+		select {
+		case <-st.over:
+			return context.Canceled
+		default:
 		}
 		raw, tooLong, err := readLine(r, buf[:0], st.s.cfg.MaxLineBytes)
 		buf = raw
 		if err != nil && !errors.Is(err, io.EOF) {
-			st.broken = bodyReadError(err)
-			return
+			return bodyReadError(err)
 		}
 		if tooLong || len(bytes.TrimSpace(raw)) > 0 {
 			l := decodeLine(raw, tooLong, st.s.cfg.MaxLineBytes)
 			l.number = number
 			l.weight = min(int64(len(raw)), streamAhead)
-			if st.ahead.Acquire(ctx, l.weight) != nil {
-				st.broken = ctx.Err()
-				return
+			if err := st.ahead.Acquire(ctx, l.weight); err != nil {
+				return err
 			}
 			select {
 			case st.lines <- l:
 			case <-ctx.Done():
-				st.broken = ctx.Err()
-				return
+				return ctx.Err()
 			}
 		}
 		if err != nil {
-			return
+			return nil
 		}
 	}
 }
