@@ -165,6 +165,9 @@ func TestA3DeletedTextStaysDeletedWhileTheNextVersionIsOnItsWay(t *testing.T) {
 	if got, _ := b.visible("a"); len(got) != 0 {
 		t.Errorf("visible between delete and switch: %q", got)
 	}
+	if v, err := b.svc.Document(b.ctx(), "c", "a"); err != nil || v.ServingVersion != 0 || v.TargetVersion != 3 {
+		t.Errorf("between delete and switch: %+v, %v", v, err)
+	}
 	h.release()
 	b.settled()
 	if got, _ := b.visible("a"); !same(got, []string{"slow new text"}) {
@@ -318,6 +321,85 @@ func TestA6APointWithAHigherVersionIsOvertaken(t *testing.T) {
 	got := b.index.points(ix)[r.PointIDs[0]]
 	if got.Payload.Metadata["v"] != "1" || got.Payload.MetaVersion <= p.Payload.MetaVersion {
 		t.Errorf("the point says %v at version %d; the forged one was %d", got.Payload.Metadata, got.Payload.MetaVersion, p.Payload.MetaVersion)
+	}
+}
+
+// A6, for metadata alone: Completed of a guarded write does not say that it was let through.
+func TestA6APatchOvertakesAPointWithAHigherVersion(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	r := b.ingest(true, with(texts("a", "text"), corpus.Metadata{"v": "1"}))[0]
+	_, ix := b.collection()
+	p := b.index.points(ix)[r.PointIDs[0]]
+	p.Payload.MetaVersion += 1000
+	p.Payload.Metadata = corpus.Metadata{"v": "forged"}
+	b.index.put(ix, p)
+	if got, err := b.svc.Patch(b.ctx(), "c", "a", corpus.Metadata{"v": "2"}, true); err != nil || got.Status != corpus.StatusIndexed {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	if got := b.index.points(ix)[r.PointIDs[0]]; got.Payload.Metadata["v"] != "2" || got.Payload.MetaVersion <= p.Payload.MetaVersion {
+		t.Errorf("the point says %v at version %d; the forged one was %d", got.Payload.Metadata, got.Payload.MetaVersion, p.Payload.MetaVersion)
+	}
+}
+
+// A point that vanished is noticed when its metadata is written, and written again whole.
+func TestAVanishedPointIsWrittenAgain(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	r := b.ingest(true, texts("a", "text"))[0]
+	_, ix := b.collection()
+	if err := b.index.DeletePoints(b.ctx(), ix, r.PointIDs); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := b.svc.Patch(b.ctx(), "c", "a", corpus.Metadata{"v": "2"}, true); err != nil || got.Status != corpus.StatusIndexed {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	if p, ok := b.index.points(ix)[r.PointIDs[0]]; !ok || p.Payload.Metadata["v"] != "2" {
+		t.Errorf("the point: %v, %+v", ok, p.Payload)
+	}
+}
+
+// Half of a batch takes effect: the other half is in an unknown state, and is looked at again.
+func TestAHalfAppliedBatchIsCompleted(t *testing.T) {
+	t.Parallel()
+	b := setup(t, func(c *ingest.Config) { c.Pause = time.Millisecond })
+	b.ingest(true, texts("x", "makes the collection"))
+	var once sync.Once
+	b.index.set(func(op string, ids []corpus.ID) (ft fault) {
+		if op == "insert" && len(ids) > 1 {
+			once.Do(func() { ft = fault{half: true} })
+		}
+		return ft
+	})
+	r := b.ingest(true, texts("a", "1", "2", "3", "4", "5", "6"))[0]
+	_, ix := b.collection()
+	held := b.index.points(ix)
+	for _, id := range r.PointIDs {
+		if _, ok := held[id]; !ok {
+			t.Errorf("%s serves and is not in the index", id)
+		}
+	}
+}
+
+// A delete that was completed is believed when the point was read absent, not before.
+func TestADeleteIsConfirmedByReading(t *testing.T) {
+	t.Parallel()
+	b := setup(t, func(c *ingest.Config) { c.Pause = time.Millisecond })
+	b.ingest(true, texts("a", "one"))
+	_, ix := b.collection()
+	pretended := 0
+	b.index.set(func(op string, _ []corpus.ID) (ft fault) {
+		if op == "delete" && pretended < 3 {
+			pretended++
+			ft = fault{pretend: true}
+		}
+		return ft
+	})
+	if r, err := b.svc.Delete(b.ctx(), "c", "a", true); err != nil || r.Status != corpus.StatusIndexed {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	if n := len(b.index.points(ix)); n != 0 {
+		t.Errorf("%d points after a delete that was waited for", n)
 	}
 }
 
@@ -879,7 +961,7 @@ func TestAStoppedCollectionDeletesNothingUntilAdopted(t *testing.T) {
 	b := setup(t)
 	b.ingest(true, texts("a", "one"), texts("b", "two"))
 	c, ix := b.collection()
-	if err := b.store.StopCollection(b.ctx(), c.ID, "evidence"); err != nil {
+	if _, err := b.store.StopCollection(b.ctx(), c.ID, 0, "evidence"); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := b.svc.Delete(b.ctx(), "c", "a", false); err != nil {

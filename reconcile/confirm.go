@@ -117,7 +117,7 @@ func (w *work) decide(ctx context.Context, sc *scope, batch []corpus.Suspect) er
 		asked = asked || out[i].Action != corpus.RepairNone && out[i].Action != corpus.RepairDelete
 	}
 	if lost != "" {
-		if err := w.stop(ctx, sc.target, lost); err != nil {
+		if err := w.stop(ctx, sc.target, facts.Adopted, lost); err != nil {
 			return err
 		}
 	}

@@ -401,6 +401,10 @@ func (w *work) bury(ctx context.Context, sc *scope, batch []corpus.Finding) erro
 	if len(claims) == 0 {
 		return w.outcome(ctx, sc.ix.ID, good, goodWhy, nil, nil)
 	}
+	facts, err := w.ledger.RollbackFacts(ctx, sc.ix.Collection)
+	if err != nil {
+		return err
+	}
 	fates, err := w.ledger.EnterTombstones(ctx, sc.ix, claims, w.budget(sc.target))
 	switch corpus.CodeOf(err) {
 	case codeBraked:
@@ -416,7 +420,7 @@ func (w *work) bury(ctx context.Context, sc *scope, batch []corpus.Finding) erro
 	for i, fate := range fates {
 		switch fate {
 		case corpus.OrphanRolledBack:
-			return w.stop(ctx, sc.target, fmt.Sprintf("point %s carries a number that this Postgres never handed out", claims[i].ID))
+			return w.stop(ctx, sc.target, facts.Adopted, fmt.Sprintf("point %s carries a number that this Postgres never handed out", claims[i].ID))
 		case corpus.OrphanAlive:
 			good, goodWhy = append(good, claimed[i]), append(goodWhy, "the id became live meanwhile; nothing was deleted")
 		case corpus.OrphanDead:

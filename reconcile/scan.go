@@ -184,13 +184,19 @@ func (w *work) checkHistory(ctx context.Context, t *target, sc *scope) error {
 	if err := w.ledger.AddFindings(ctx, w.spec.ID, sc.ix, found); err != nil {
 		return err
 	}
-	return w.stop(ctx, t, fmt.Sprintf("points in the index carry numbers that this Postgres never handed out (point %s and %d others)", found[0].ID, len(found)-1))
+	return w.stop(ctx, t, facts.Adopted, fmt.Sprintf("points in the index carry numbers that this Postgres never handed out (point %s and %d others)", found[0].ID, len(found)-1))
 }
 
-// stop forbids deletes in a collection, in the ledger and in this run.
-func (w *work) stop(ctx context.Context, t *target, why string) error {
-	if err := w.ledger.StopCollection(ctx, t.Collection, why); err != nil {
+// stop forbids deletes in a collection, in the ledger and in this run. adopted is what the
+// facts said that the evidence was judged by: an operator's step in between wins.
+func (w *work) stop(ctx context.Context, t *target, adopted int64, why string) error {
+	stopped, err := w.ledger.StopCollection(ctx, t.Collection, adopted, why)
+	if err != nil {
 		return err
+	}
+	if !stopped {
+		w.log.InfoContext(ctx, "a rollback was resolved while a run looked at it", "collection", t.Name)
+		return nil
 	}
 	if err := w.ledger.StopTarget(ctx, w.spec.ID, t.Collection, why); err != nil {
 		return err
@@ -203,6 +209,11 @@ func (w *work) stop(ctx context.Context, t *target, why string) error {
 // checkStamp compares the index's stamp with the ledger. A stamp that does not fit stops the
 // collection's deletes and makes the gen sequence jump; why then says what was found.
 func (s *Service) checkStamp(ctx context.Context, ix corpus.Index) (why string, err error) {
+	// Before the stamp: if an operator resolves a rollback between the two, the stamp is out of date.
+	facts, err := s.ledger.RollbackFacts(ctx, ix.Collection)
+	if err != nil {
+		return "", err
+	}
 	st, ok, err := s.index.ReadStamp(ctx, ix)
 	if err != nil || !ok {
 		return "", err
@@ -210,15 +221,18 @@ func (s *Service) checkStamp(ctx context.Context, ix corpus.Index) (why string, 
 	if why, err = s.ledger.StampFits(ctx, ix, st); err != nil || why == "" {
 		return "", err
 	}
-	facts, err := s.ledger.RollbackFacts(ctx, ix.Collection)
-	if err != nil || facts.Stopped != "" {
-		return why, err // known since an earlier look; the stamp stays until an operator has decided
+	if facts.Stopped != "" {
+		return why, nil // known since an earlier look; the stamp stays until an operator has decided
 	}
 	// The jump comes first: stopping is what ends the repetition.
 	if err := s.ledger.JumpSequence(ctx, "the stamp of "+ix.QdrantName+" does not fit"); err != nil {
 		return "", err
 	}
-	return why, s.ledger.StopCollection(ctx, ix.Collection, why)
+	stopped, err := s.ledger.StopCollection(ctx, ix.Collection, facts.Adopted, why)
+	if err != nil || !stopped {
+		return "", err
+	}
+	return why, nil
 }
 
 // orphanIndexes reports Qdrant collections that carry our prefix and our stamp, or none, and

@@ -49,8 +49,9 @@ type Decider interface {
 type Historian interface {
 	// RollbackFacts must be read after the points that they judge.
 	RollbackFacts(ctx context.Context, collection corpus.ID) (corpus.RollbackFacts, error)
-	// StopCollection forbids deletes until a documented step is taken.
-	StopCollection(ctx context.Context, collection corpus.ID, reason string) error
+	// StopCollection forbids deletes until a documented step is taken; false where one was taken
+	// since the facts were read that said adopted.
+	StopCollection(ctx context.Context, collection corpus.ID, adopted int64, reason string) (stopped bool, err error)
 	// JumpSequence moves gen past what a lost history may have handed out.
 	JumpSequence(ctx context.Context, why string) error
 	// StampFits says why a stamp contradicts the ledger, or "".

@@ -85,6 +85,9 @@ type RollbackFacts struct {
 	Gaps [][2]int64
 	// Stopped says why no delete may run in the collection; empty when deletes may run.
 	Stopped string
+	// Adopted is the number up to which an operator settled the history, 0 for never. Evidence
+	// that was gathered under another value is out of date.
+	Adopted int64
 }
 
 // Evidence reports whether a point of ours with this gen was written under a history that

@@ -320,12 +320,14 @@ func (s *Store) ClearCollections(ctx context.Context) error {
 	return nil
 }
 
-// StopCollection forbids deletes in a collection because of evidence of a rollback, until
-// [Store.AdoptRollback] or [Store.DiscardIndex] is called. The first reason is kept.
-func (s *Store) StopCollection(ctx context.Context, collection corpus.ID, reason string) error {
-	_, err := s.pool.Exec(ctx, `UPDATE collections SET stopped_at = now(), stop_reason = $2
-		WHERE id = $1 AND stopped_at IS NULL`, collection, reason)
-	return wrap("stopping deletes in a collection", err)
+// StopCollection forbids deletes in a collection until a documented step is taken (promise P8).
+// adopted is what [Store.RollbackFacts] said when the evidence was gathered: stopped is false,
+// and nothing changes, where an operator has taken that step since. A collection that is
+// stopped already keeps its reason.
+func (s *Store) StopCollection(ctx context.Context, collection corpus.ID, adopted int64, reason string) (stopped bool, err error) {
+	tag, err := s.pool.Exec(ctx, `UPDATE collections SET stopped_at = coalesce(stopped_at, now()), stop_reason = coalesce(stop_reason, $3)
+		WHERE id = $1 AND adopted_gen = $2`, collection, adopted, reason)
+	return tag.RowsAffected() > 0, wrap("stopping deletes in a collection", err)
 }
 
 // CollectionStopped tells whether, since when and why deletes are forbidden in a collection.

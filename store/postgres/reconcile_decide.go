@@ -28,20 +28,19 @@ type rowQuerier interface {
 
 func rollbackFacts(ctx context.Context, q rowQuerier, collection corpus.ID) (corpus.RollbackFacts, error) {
 	var f corpus.RollbackFacts
-	var adopted int64
 	err := q.QueryRow(ctx, `
 		SELECT adopted_gen, CASE WHEN stopped_at IS NULL THEN '' ELSE coalesce(nullif(stop_reason, ''), 'the collection was stopped') END
-		FROM collections WHERE id = $1`, collection).Scan(&adopted, &f.Stopped)
+		FROM collections WHERE id = $1`, collection).Scan(&f.Adopted, &f.Stopped)
 	if err != nil {
 		return f, err
 	}
-	rows, err := q.Query(ctx, `SELECT lo, hi FROM gen_gaps WHERE hi > $1 ORDER BY lo`, adopted)
+	rows, err := q.Query(ctx, `SELECT lo, hi FROM gen_gaps WHERE hi > $1 ORDER BY lo`, f.Adopted)
 	if err != nil {
 		return f, err
 	}
 	var lo, hi int64
 	if _, err = pgx.ForEachRow(rows, []any{&lo, &hi}, func() error {
-		f.Gaps = append(f.Gaps, [2]int64{max(lo, adopted+1), hi})
+		f.Gaps = append(f.Gaps, [2]int64{max(lo, f.Adopted+1), hi})
 		return nil
 	}); err != nil {
 		return f, err

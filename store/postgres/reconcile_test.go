@@ -318,7 +318,7 @@ func TestEnterTombstones(t *testing.T) {
 			t.Errorf("%s: %v, %v; want fate %d, code %q", c.name, fates, err, c.fate, c.code)
 		}
 	}
-	if err := s.StopCollection(ctx, ix.Collection, "because"); err != nil {
+	if _, err := s.StopCollection(ctx, ix.Collection, 0, "because"); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := s.EnterTombstones(ctx, ix, []corpus.OrphanClaim{{ID: id(6), Gen: 7}}, corpus.DeleteBudget{Limit: 1000, Force: true}); corpus.CodeOf(err) != "collection_stopped" {
