@@ -3,6 +3,7 @@ package ingest
 import (
 	"context"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/lockstep-db/lockstep/internal/corpus"
@@ -54,21 +55,21 @@ func (a *acceptor) submit(ctx context.Context, docs []*pendingDoc) error {
 		return nil
 	}
 	finished := make(chan struct{})
-	var left sync.WaitGroup
-	left.Add(len(docs))
+	var left atomic.Int64
+	left.Store(int64(len(docs)))
 	size := 0
 	for _, d := range docs {
-		d.done = left.Done
+		d.done = func() {
+			if left.Add(-1) == 0 {
+				close(finished)
+			}
+		}
 		d.size = documentBytes(&d.doc)
 		size += d.size
 	}
 	if err := a.enqueue(docs, size); err != nil {
 		return err
 	}
-	go func() { // ends when the committers, who are bounded by their own timeouts, are through
-		left.Wait()
-		close(finished)
-	}()
 	select {
 	case <-finished:
 		return nil

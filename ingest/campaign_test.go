@@ -143,7 +143,12 @@ func (h *history) networkFault(op string, ids []corpus.ID) fault {
 	h.mu.Lock()
 	h.faults++
 	h.mu.Unlock()
-	switch h.dice.n(6) {
+	switch h.dice.n(7) {
+	case 6:
+		if op == "delete" || op == "metadata" {
+			return fault{pretend: true}
+		}
+		return fault{half: true}
 	case 0:
 		return fault{lose: true}
 	case 1:

@@ -121,6 +121,9 @@ func (s *Service) decide(ctx context.Context, t *target, docs []*pendingDoc) err
 			}
 		}
 	}
+	for _, d := range send {
+		d.fail(corpus.Errorf(corpus.Internal, "not_accepted", "the ledger asked twice for the chunks of one document"))
+	}
 	return nil
 }
 

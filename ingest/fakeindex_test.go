@@ -40,6 +40,7 @@ type fault struct {
 	half      bool  // only the first half of the ids takes effect
 	err       error // the answer, after whatever effect there is
 	loseReply bool  // the effect happens, the caller sees Unavailable
+	pretend   bool  // no effect, and the caller is told Completed
 }
 
 var errLost = corpus.Errorf(corpus.Unavailable, "index_unavailable", "the index cannot be reached")
@@ -79,6 +80,9 @@ func (f *fakeIndex) do(ctx context.Context, op string, ix corpus.Index, ids []co
 			return ft.err
 		}
 		return errLost
+	}
+	if ft.pretend {
+		return nil
 	}
 	done := ids
 	if ft.half {

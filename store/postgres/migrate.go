@@ -100,7 +100,7 @@ func (s *Store) Migrate(ctx context.Context) (applied int, err error) {
 				"the schema is at version %d and this binary knows %d: run a newer lockstep", v, known)
 		}
 	}
-	return applied, s.drawInstallation(ctx)
+	return applied, drawInstallation(ctx, conn.Conn())
 }
 
 // loadMigrations reads NNNN_name.sql files in order.
@@ -143,8 +143,8 @@ func appliedMigrations(ctx context.Context, conn *pgx.Conn) (map[int]string, err
 }
 
 // drawInstallation gives a new ledger its identity and notes the Postgres it runs on.
-func (s *Store) drawInstallation(ctx context.Context) error {
-	_, err := s.pool.Exec(ctx, `INSERT INTO installation (id, system_identifier, timeline, postmaster_start, sequence_oid)
+func drawInstallation(ctx context.Context, conn *pgx.Conn) error {
+	_, err := conn.Exec(ctx, `INSERT INTO installation (id, system_identifier, timeline, postmaster_start, sequence_oid)
 		SELECT $1, m.* FROM (`+marksQuery+`) m ON CONFLICT (singleton) DO NOTHING`, newID())
 	return wrap("drawing the installation's identity", err)
 }
