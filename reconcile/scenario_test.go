@@ -194,7 +194,8 @@ func (w *world) orphans(n int) (ids []corpus.ID) {
 
 func TestBrake(t *testing.T) {
 	t.Run("share", func(t *testing.T) {
-		w := newWorld(t)
+		// Many ranges, each of which stays below the share: the run as a whole does not.
+		w := newWorld(t, func(c *reconcile.Config) { c.RangePoints = 30 })
 		live := w.fill(0, 300)
 		w.orphans(40)
 		w.must(w.index.DeletePoints(w.ctx(), w.ix(), live[:5]))
