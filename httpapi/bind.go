@@ -6,6 +6,7 @@ import (
 	"io"
 	"mime"
 	"net/http"
+	"reflect"
 	"strconv"
 	"strings"
 	"time"
@@ -215,8 +216,8 @@ func isNumber(e *json.SemanticError) bool {
 	if e.GoType == nil {
 		return false
 	}
-	switch e.GoType.Kind().String()[0] {
-	case 'i', 'u', 'f': // int…, uint…, float…; "interface" takes any number
+	switch e.GoType.Kind() {
+	case reflect.Int, reflect.Int64, reflect.Uint32, reflect.Float32, reflect.Float64:
 		return true
 	}
 	return false
@@ -247,21 +248,21 @@ func wanted(e *json.SemanticError) string {
 		return ""
 	}
 	t := e.GoType
-	for t.Kind().String() == "ptr" {
+	for t.Kind() == reflect.Pointer {
 		t = t.Elem()
 	}
-	switch name := t.Kind().String(); {
-	case name == "string":
+	switch t.Kind() {
+	case reflect.String:
 		return "; a string is needed"
-	case name == "bool":
+	case reflect.Bool:
 		return "; true or false is needed"
-	case name == "slice":
+	case reflect.Slice:
 		return "; a list is needed"
-	case name == "struct", name == "map":
+	case reflect.Struct, reflect.Map:
 		return "; an object is needed"
-	case strings.HasPrefix(name, "int"), strings.HasPrefix(name, "uint"):
+	case reflect.Int, reflect.Int64, reflect.Uint32:
 		return "; an integer is needed"
-	case strings.HasPrefix(name, "float"):
+	case reflect.Float32, reflect.Float64:
 		return "; a number is needed"
 	}
 	return ""

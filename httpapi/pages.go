@@ -58,13 +58,20 @@ func (p *pages) ago(t time.Time) string {
 	case d < 0:
 		return t.UTC().Format("2006-01-02 15:04 UTC")
 	case d < time.Minute:
-		return strconv.Itoa(int(d.Seconds())) + " seconds ago"
+		return some(int(d.Seconds()), "second") + " ago"
 	case d < time.Hour:
-		return strconv.Itoa(int(d.Minutes())) + " minutes ago"
+		return some(int(d.Minutes()), "minute") + " ago"
 	case d < 48*time.Hour:
-		return strconv.Itoa(int(d.Hours())) + " hours ago"
+		return some(int(d.Hours()), "hour") + " ago"
 	}
 	return t.UTC().Format("2006-01-02 15:04 UTC")
+}
+
+func some(n int, unit string) string {
+	if n == 1 {
+		return "1 " + unit
+	}
+	return strconv.Itoa(n) + " " + unit + "s"
 }
 
 func groupDigits(n int64) string {

@@ -146,7 +146,11 @@ func New(cfg Config, deps Deps) (*Server, error) {
 	e.Use(s.observe)
 	s.routes = s.routeTable()
 	for _, rt := range s.routes {
-		e.Add(rt.method, rt.path, rt.handler, s.mark(rt), s.authorise(rt), s.admit(rt), s.bound(rt))
+		outside := []echo.MiddlewareFunc{s.mark(rt), s.authorise(rt), s.admit(rt), s.bound(rt)}
+		e.Add(rt.method, rt.path, rt.handler, outside...)
+		if rt.method == http.MethodGet {
+			e.Add(http.MethodHead, rt.path, rt.handler, outside...) // net/http leaves the body out
+		}
 	}
 	s.echo = e
 	return s, nil

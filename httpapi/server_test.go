@@ -236,7 +236,13 @@ func TestReadiness(t *testing.T) {
 	if a := b.get("/healthz"); a.status != 200 {
 		t.Errorf("alive: %d", a.status)
 	}
+	if a := b.do("HEAD", "/readyz", ""); a.status != 503 || len(a.body) != 0 {
+		t.Errorf("HEAD: %d %s", a.status, a.body)
+	}
 	b.health = nil
+	if a := b.do("HEAD", "/readyz", ""); a.status != 200 {
+		t.Errorf("HEAD: %d", a.status)
+	}
 	b.server.Drain()
 	b.want(b.get("/readyz"), 503, "shutting_down", "")
 }
@@ -417,7 +423,7 @@ func TestAdminPage(t *testing.T) {
 	})
 	a := b.get("/admin")
 	body := string(a.body)
-	for _, s := range []string{"default", "inconsistent", "1 minutes ago", "1,234,567", "orphan", "Records the id as dead", "lockstep reconcile --collection default --depth full --repair", "evidence", "25 %", "Cancel"} {
+	for _, s := range []string{"default", "inconsistent", "1 minute ago", "1,234,567", "orphan", "Records the id as dead", "lockstep reconcile --collection default --depth full --repair", "evidence", "25 %", "Cancel"} {
 		if !strings.Contains(body, s) {
 			t.Errorf("the page lacks %q", s)
 		}
