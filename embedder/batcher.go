@@ -521,7 +521,7 @@ const minBudget = 512
 
 func (b *Batcher) shrink(tokens int) {
 	b.mu.Lock()
-	b.budget = max(minBudget, min(b.budget, tokens)/2)
+	b.budget = min(b.budget, max(minBudget, min(b.budget, tokens)/2))
 	now := b.budget
 	b.mu.Unlock()
 	b.m.outOfMemory.Inc()

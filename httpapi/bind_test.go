@@ -144,7 +144,6 @@ func TestBodiesAreReadStrictly(t *testing.T) {
 		{"unknown output", "/embed", `{"texts":["a"],"output_type":"splade"}`, nil, 422, "validation_failed", "/output_type"},
 		{"no output", "/embed", `{"texts":["a"],"output_type":[]}`, nil, 422, "validation_failed", "/output_type"},
 		{"unknown encoding", "/embed", `{"texts":["a"],"encoding":"hex"}`, nil, 422, "validation_failed", "/encoding"},
-		{"normalize false", "/embed", `{"texts":["a"],"normalize":false}`, nil, 422, "validation_failed", "/normalize"},
 		{"text too long, not to be cut", "/embed", `{"texts":["a b c","a"],"max_length":4,"truncate":false}`, nil, 422, "input_too_long", "/texts/0"},
 		{"unknown embed field", "/embed", `{"texts":["a"],"model":"x"}`, nil, 400, "unknown_field", "/model"},
 	}

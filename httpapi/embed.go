@@ -69,6 +69,9 @@ func (s *Server) embed(c echo.Context) error {
 		return s.streamEmbeddings(c, job)
 	}
 	out, err := s.embedAll(c.Request().Context(), job.request, "/texts/")
+	if err == nil && job.raw {
+		err = denormalise(out, "/texts/", 0)
+	}
 	if err != nil {
 		return err
 	}
@@ -94,6 +97,8 @@ type embedJob struct {
 	heads   corpus.Heads
 	batch   int
 	base64  bool
+	// raw asks for dense vectors as they were before they got length 1.
+	raw     bool
 	scratch []byte
 }
 
@@ -158,9 +163,7 @@ func (s *Server) embedJob(in *embedJSON, binary bool) (*embedJob, error) {
 	if job.batch < 1 || job.batch > maxBatchSize {
 		fault("/batch_size", "out_of_range", "batch_size is 1 to %d", maxBatchSize)
 	}
-	if !deref(in.Normalize, true) {
-		fault("/normalize", "not_supported", "this model's vectors leave it with length 1; leave normalize out, or true")
-	}
+	job.raw = !deref(in.Normalize, true)
 	switch in.Encoding {
 	case "", "float":
 	case "base64":
@@ -262,10 +265,30 @@ func checkEmbeddings(out []corpus.Embedding, heads corpus.Heads, at string, firs
 			return p
 		}
 		if v := &out[i].Vectors; v.Heads()&heads != heads || !v.Finite() {
-			p := refuse(http.StatusInternalServerError, "bad_embedding", "%s: the model's answer for this text is not usable", pointer)
-			p.Errors = []corpus.FieldError{{Pointer: pointer, Code: p.Code, Detail: "no usable vectors"}}
-			p.cause = fmt.Errorf("embedding %s lacks %s or is not finite", pointer, heads)
-			return p
+			return badEmbedding(pointer, fmt.Errorf("embedding %s lacks %s or is not finite", pointer, heads))
+		}
+	}
+	return nil
+}
+
+func badEmbedding(pointer string, cause error) *problem {
+	p := refuse(http.StatusInternalServerError, "bad_embedding", "%s: the model's answer for this text is not usable", pointer)
+	p.Errors = []corpus.FieldError{{Pointer: pointer, Code: p.Code, Detail: "no usable vectors"}}
+	p.cause = cause
+	return p
+}
+
+// denormalise gives dense vectors back the lengths they had before they were normalised, in
+// place: an embedding belongs to whoever asked for it.
+func denormalise(out []corpus.Embedding, at string, first int) error {
+	for i := range out {
+		v := &out[i].Vectors
+		if v.DenseNorm == 0 && !zero(v.Dense) {
+			pointer := at + strconv.Itoa(first+i)
+			return badEmbedding(pointer, fmt.Errorf("embedding %s does not tell its length before normalisation", pointer))
+		}
+		for k := range v.Dense {
+			v.Dense[k] *= v.DenseNorm
 		}
 	}
 	return nil
@@ -338,6 +361,9 @@ func (s *Server) streamEmbeddings(c echo.Context, job *embedJob) error {
 					err = fmt.Errorf("the embedder answered %d embeddings for %d inputs", len(out), to-from)
 				} else {
 					err = checkEmbeddings(out, job.heads, "/texts/", from)
+				}
+				if err == nil && job.raw {
+					err = denormalise(out, "/texts/", from)
 				}
 			}
 			select {

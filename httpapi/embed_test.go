@@ -91,6 +91,63 @@ func TestEmbedEveryForm(t *testing.T) {
 	}
 }
 
+// TestUnnormalised asks for the vectors as they were before they got length 1, in every form.
+func TestUnnormalised(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	out, err := b.model.Embed(t.Context(), corpus.EmbedRequest{Inputs: []corpus.EmbedInput{{Text: "hello world"}}, Heads: corpus.Dense})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := out[0].Vectors.Dense
+	for i := range want {
+		want[i] *= out[0].Vectors.DenseNorm
+	}
+	if n := out[0].Vectors.DenseNorm; n == 0 || n == 1 {
+		t.Fatalf("a length of %v shows nothing", n)
+	}
+	first := func(a answer) []float32 {
+		t.Helper()
+		rows, _ := a.object(t)["embeddings"].([]any)
+		if a.status != 200 || len(rows) == 0 {
+			t.Fatalf("%d %s", a.status, a.body)
+		}
+		return floats(rows[0])
+	}
+	if got := first(b.post("/embed", `{"texts":["hello world"],"normalize":false}`)); !same(got, want) {
+		t.Errorf("got %v, expected %v", got, want)
+	}
+	if got := first(b.post("/embed", `{"texts":["hello world"],"normalize":false,"output_type":["dense","colbert"]}`)); !same(got, want) {
+		t.Errorf("beside token vectors: got %v, expected %v", got, want)
+	}
+	a := b.do("POST", "/embed", `{"texts":["hello world"],"normalize":false}`, "Accept", mediaBytes)
+	if got := decodeLE(a.body); !same(got, want) {
+		t.Errorf("as bytes: got %v, expected %v", got, want)
+	}
+	for body, n := range map[string]int{
+		`{"inputs":"hello world","normalize":false}`:                8,
+		`{"inputs":"hello world","normalize":false,"dimensions":3}`: 3,
+	} {
+		var rows [][]float32
+		if err := json.Unmarshal(b.post("/embed", body).body, &rows); err != nil || len(rows) != 1 || !same(rows[0], want[:n]) {
+			t.Errorf("%s: got %v (%v), expected %v", body, rows, err, want[:n])
+		}
+	}
+}
+
+func TestDenormalise(t *testing.T) {
+	t.Parallel()
+	vectors := func(norm float32, v ...float32) []corpus.Embedding {
+		return []corpus.Embedding{{Vectors: corpus.Vectors{Dense: v, DenseNorm: norm}}}
+	}
+	if out := vectors(0, 0, 0); denormalise(out, "/texts/", 0) != nil {
+		t.Error("a vector of zeros has length 0 and was refused")
+	}
+	if out := vectors(0, 0.6, 0.8); denormalise(out, "/texts/", 0) == nil {
+		t.Error("a vector whose length is not known was sent as zeros")
+	}
+}
+
 func TestEmbedLimits(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

@@ -118,9 +118,6 @@ func (s *Server) teiRequest(in *teiJSON, heads corpus.Heads) (corpus.EmbedReques
 	if in.PromptName != nil {
 		return none, invalidField("/prompt_name", "unknown_value", "the model has no prompt of that name")
 	}
-	if !deref(in.Normalize, true) {
-		return none, invalidField("/normalize", "not_supported", "this model's vectors leave it with length 1; leave normalize out, or true")
-	}
 	side := strings.ToLower(deref(in.Side, "right"))
 	if side != "right" && side != "left" {
 		return none, invalidField("/truncation_direction", "unknown_value", "truncation_direction is Left or Right")
@@ -174,13 +171,21 @@ func computeType(device string) string {
 
 func (s *Server) teiEmbed(c echo.Context, body []byte) error {
 	out, in, err := s.teiRun(c, body, corpus.Dense)
+	raw := err == nil && !deref(in.Normalize, true)
+	if raw {
+		err = denormalise(out, "/inputs/", 0)
+	}
 	if err != nil {
 		return err
 	}
 	w := newReply(c)
 	w.list(len(out), func(b []byte, i int) []byte {
 		row := out[i].Vectors.Dense
-		if in.Dimensions != nil && *in.Dimensions < len(row) {
+		switch {
+		case in.Dimensions == nil || *in.Dimensions >= len(row):
+		case raw:
+			row = row[:*in.Dimensions]
+		default:
 			row = normalised(row, *in.Dimensions)
 		}
 		return appendFloats(b, row)

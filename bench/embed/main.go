@@ -1,6 +1,7 @@
 // Command embed measures a running server's POST /embed over HTTP against
 // sentence-transformers in process, on the same texts, in turns, and prints the ratios of
-// each turn and their median. Give both the same number of threads.
+// each turn and their median. Give both the same number of threads. CPU time is compared
+// beside the rates: on a machine that others use, it is the steadier of the two.
 //
 // usage: go run ./bench/embed -server http://127.0.0.1:8080 -python python3 -checkpoint DIR
 package main
@@ -19,6 +20,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -39,6 +41,7 @@ type peer struct {
 
 type reply struct {
 	Seconds float64   `json:"seconds"`
+	CPU     float64   `json:"cpu"`
 	First   []float32 `json:"first"`
 	Torch   string    `json:"torch"`
 }
@@ -87,44 +90,52 @@ func run() error {
 	}
 	fmt.Printf("%d texts of 10 to 200 words' tokens, seed %d; peer: torch %s, batch %d, %d threads\n", *count, *seed, hello.Torch, *batch, *threads)
 
-	ask := func(texts []string) (float64, []float32, error) {
+	ask := func(texts []string) (reply, error) {
 		line, err := json.Marshal(map[string]any{"texts": texts, "batch": *batch})
 		if err != nil {
-			return 0, nil, err
+			return reply{}, err
 		}
 		if _, err := p.in.Write(append(line, '\n')); err != nil {
-			return 0, nil, err
+			return reply{}, err
 		}
-		r, err := p.read()
-		return r.Seconds, r.First, err
+		return p.read()
 	}
 	// One short turn of each first, uncounted.
-	if _, _, err := ask(texts[:min(64, len(texts))]); err != nil {
+	if _, err := ask(texts[:min(64, len(texts))]); err != nil {
 		return err
 	}
 	ours, err := embed(*server, texts[:1])
 	if err != nil {
 		return err
 	}
-	_, theirs, err := ask(texts[:1])
+	theirs, err := ask(texts[:1])
 	if err != nil {
 		return err
 	}
-	fmt.Printf("cosine of the first text's two vectors: %.7f\n", cosine(ours, theirs))
+	fmt.Printf("cosine of the first text's two vectors: %.7f\n", cosine(ours, theirs.First))
 	var ratios []float64
 	for round := range *rounds {
+		before, err := serverCPU(*server)
+		if err != nil {
+			return err
+		}
 		start := time.Now()
 		if err := throughput(*server, texts, *clients, *perRequest); err != nil {
 			return err
 		}
 		mine := float64(len(texts)) / time.Since(start).Seconds()
-		seconds, _, err := ask(texts)
+		after, err := serverCPU(*server)
 		if err != nil {
 			return err
 		}
-		other := float64(len(texts)) / seconds
+		r, err := ask(texts)
+		if err != nil {
+			return err
+		}
+		other := float64(len(texts)) / r.Seconds
 		ratios = append(ratios, mine/other)
-		fmt.Printf("turn %d: lockstep %.1f texts/s, sentence-transformers %.1f texts/s, ratio %.2f\n", round+1, mine, other, mine/other)
+		fmt.Printf("turn %d: lockstep %.1f texts/s, sentence-transformers %.1f texts/s, ratio %.2f; CPU %.1f and %.1f ms a text, ratio %.2f\n",
+			round+1, mine, other, mine/other, 1e3*(after-before)/float64(len(texts)), 1e3*r.CPU/float64(len(texts)), r.CPU/(after-before))
 	}
 	slices.Sort(ratios)
 	fmt.Printf("texts/s ratio: median %.2f (min %.2f, max %.2f)\n", ratios[len(ratios)/2], ratios[0], ratios[len(ratios)-1])
@@ -137,11 +148,11 @@ func run() error {
 			return err
 		}
 		a = append(a, time.Since(start).Seconds())
-		seconds, _, err := ask(one)
+		r, err := ask(one)
 		if err != nil {
 			return err
 		}
-		b = append(b, seconds)
+		b = append(b, r.Seconds)
 	}
 	if len(a) > 0 {
 		slices.Sort(a)
@@ -205,6 +216,22 @@ func embed(server string, texts []string) ([]float32, error) {
 		row[i] = math.Float32frombits(binary.LittleEndian.Uint32(raw[4*i:]))
 	}
 	return row, nil
+}
+
+// serverCPU is the server's CPU time in seconds, by its own metrics.
+func serverCPU(server string) (float64, error) {
+	resp, err := http.Get(server + "/metrics")
+	if err != nil {
+		return 0, err
+	}
+	defer resp.Body.Close()
+	lines := bufio.NewScanner(resp.Body)
+	for lines.Scan() {
+		if v, ok := strings.CutPrefix(lines.Text(), "process_cpu_seconds_total "); ok {
+			return strconv.ParseFloat(v, 64)
+		}
+	}
+	return 0, fmt.Errorf("no CPU time in the metrics: %w", lines.Err())
 }
 
 func throughput(server string, texts []string, clients, perRequest int) error {

@@ -97,7 +97,7 @@ func (e *Embedder) one(in corpus.EmbedInput, req corpus.EmbedRequest) corpus.Emb
 		for _, id := range ids {
 			addWord(v, id, 1)
 		}
-		normalise(v)
+		out.Vectors.DenseNorm = normalise(v)
 		out.Vectors.Dense = v
 	}
 	if req.Heads.Has(corpus.SparseHead) && e.spec.Heads.Has(corpus.SparseHead) {
@@ -191,16 +191,19 @@ func addWord(v []float32, id uint32, weight float32) {
 	}
 }
 
-func normalise(v []float32) {
+// normalise gives v length 1 and returns what it was.
+func normalise(v []float32) float32 {
 	var sum float64
 	for _, x := range v {
 		sum += float64(x) * float64(x)
 	}
 	if sum == 0 {
-		return
+		return 0
 	}
-	inv := float32(1 / math.Sqrt(sum))
+	length := math.Sqrt(sum)
+	inv := float32(1 / length)
 	for i := range v {
 		v[i] *= inv
 	}
+	return float32(length)
 }

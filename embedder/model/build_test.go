@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -23,13 +24,13 @@ import (
 var graphDigests = struct {
 	format  int
 	digests map[string]string
-}{2, map[string]string{
-	"bert fp32":   "b8b37d2850d70a59",
-	"bert int8":   "ff91738ee245c8df",
-	"bert fp16":   "010d3d55f531acfd",
-	"bge-m3 fp32": "ad50619b00f16c6e",
-	"bge-m3 int8": "1473d53c0a1e835c",
-	"bge-m3 fp16": "3b9d9f6fcbda6bab",
+}{3, map[string]string{
+	"bert fp32":   "a83c12de7f2a70e5",
+	"bert int8":   "4dc254ff1b9bb815",
+	"bert fp16":   "fc7eabd55c06f6ac",
+	"bge-m3 fp32": "eaf403511a3a9d50",
+	"bge-m3 int8": "fb4930776f1c404b",
+	"bge-m3 fp16": "7b96fcaa3c71e072",
 }}
 
 func TestGraphsChangeWithTheFormat(t *testing.T) {
@@ -400,7 +401,7 @@ func TestOpenRefusesDamage(t *testing.T) {
 		want corpus.Kind
 	}{
 		"manifest is not JSON": {func(m *Manifest) { write1(t, m.Path(ManifestFile), "{") }, corpus.Invalid},
-		"manifest is empty":    {func(m *Manifest) { write1(t, m.Path(ManifestFile), `{"format":2}`) }, corpus.Invalid},
+		"manifest is empty":    {func(m *Manifest) { write1(t, m.Path(ManifestFile), fmt.Sprintf(`{"format":%d}`, FormatVersion)) }, corpus.Invalid},
 		"another format":       {func(m *Manifest) { write1(t, m.Path(ManifestFile), `{"format":99}`) }, corpus.Conflict},
 		"weights cut":          {func(m *Manifest) { os.Truncate(m.Path("weights.bin"), 100) }, corpus.Invalid},
 		"no graph":             {func(m *Manifest) { os.Remove(m.Path(m.Graphs[0].File)) }, corpus.Invalid},
@@ -441,10 +442,10 @@ func TestGraphsOfEachPrecision(t *testing.T) {
 		p     Precision
 		graph Graph
 	}{
-		{FP32, Graph{"padded.onnx", DeviceCPU, Padded, []string{InputIDs, InputMask, InputHeads}, []string{OutputDense, OutputSparse, OutputColBERT}}},
-		{Int8, Graph{"padded.onnx", DeviceCPU, Padded, []string{InputIDs, InputMask, InputHeads}, []string{OutputDense, OutputSparse, OutputColBERT}}},
-		{FP16, Graph{"packed.onnx", DeviceCUDA, Packed, []string{InputIDs, InputPositions, InputTokenOffset, InputCumulative, InputHeads}, []string{OutputDense, OutputSparse, OutputColBERT}}},
-		{FP16, Graph{"padded_lengths.onnx", DeviceCUDA, PaddedLengths, []string{InputIDs, InputLengths, InputHeads}, []string{OutputDense, OutputSparse, OutputColBERT}}},
+		{FP32, Graph{"padded.onnx", DeviceCPU, Padded, []string{InputIDs, InputMask, InputHeads}, []string{OutputDense, OutputDenseNorm, OutputSparse, OutputColBERT}}},
+		{Int8, Graph{"padded.onnx", DeviceCPU, Padded, []string{InputIDs, InputMask, InputHeads}, []string{OutputDense, OutputDenseNorm, OutputSparse, OutputColBERT}}},
+		{FP16, Graph{"packed.onnx", DeviceCUDA, Packed, []string{InputIDs, InputPositions, InputTokenOffset, InputCumulative, InputHeads}, []string{OutputDense, OutputDenseNorm, OutputSparse, OutputColBERT}}},
+		{FP16, Graph{"padded_lengths.onnx", DeviceCUDA, PaddedLengths, []string{InputIDs, InputLengths, InputHeads}, []string{OutputDense, OutputDenseNorm, OutputSparse, OutputColBERT}}},
 	} {
 		m := mustBuild(t, tinyM3, Options{Precision: c.p})
 		g, ok := m.Graph(c.graph.Device, c.graph.Form)

@@ -119,15 +119,11 @@ func (e *encoder) float32(v string) string {
 }
 
 // normalise divides the last axis by its Euclidean length, at least 1e-12 as torch does, in
-// float32.
-func (e *encoder) normalise(v string) string {
-	return e.normaliseFloat(e.float32(v))
-}
-
-// normaliseFloat is normalise of a float32.
-func (e *encoder) normaliseFloat(v string) string {
-	length := e.node("ReduceL2", []string{v, e.ints(-1)}, attr{"keepdims", 1})
-	return e.node("Div", []string{v, e.node("Max", []string{length, e.scalar(1e-12)})})
+// float32. length is what it was.
+func (e *encoder) normalise(v string) (unit, length string) {
+	v = e.float32(v)
+	length = e.node("ReduceL2", []string{v, e.ints(-1)}, attr{"keepdims", 1})
+	return e.node("Div", []string{v, e.node("Max", []string{length, e.scalar(1e-12)})}), length
 }
 
 // pool pools [B,S,H] over the tokens that mask [B,S], float32, keeps, as
@@ -178,8 +174,11 @@ type form struct {
 // tokens are asked for, the last layer is computed for them alone.
 func (e *encoder) finish(x string, f form, entry *Graph) {
 	last := layerName(e.d.cfg.NumHiddenLayers - 1)
-	entry.Outputs = []string{OutputDense}
-	dense := func(v string) { e.name(v, OutputDense, "batch", e.d.cfg.HiddenSize) }
+	entry.Outputs = []string{OutputDense, OutputDenseNorm}
+	dense := func(unit, length string) {
+		e.name(unit, OutputDense, "batch", e.d.cfg.HiddenSize)
+		e.name(length, OutputDenseNorm, "batch", 1)
+	}
 	if !e.d.m3 {
 		if e.d.pooling == poolCLS {
 			dense(e.normalise(f.first(e, x, last)))
@@ -191,7 +190,7 @@ func (e *encoder) finish(x string, f form, entry *Graph) {
 	e.input(InputHeads, onnxInt32, 1)
 	entry.Inputs = append(entry.Inputs, InputHeads)
 	entry.Outputs = append(entry.Outputs, OutputSparse, OutputColBERT)
-	outs := []string{e.fresh("dense"), e.fresh("sparse"), e.fresh("colbert")}
+	outs := []string{e.fresh("dense"), e.fresh("dense_norm"), e.fresh("sparse"), e.fresh("colbert")}
 	e.choose(e.asked(corpus.SparseHead|corpus.ColBERT), outs, func(b *encoder) []string {
 		y := f.layer(b, x, last)
 		sparse, colbert := b.fresh("sparse"), b.fresh("colbert")
@@ -201,13 +200,15 @@ func (e *encoder) finish(x string, f form, entry *Graph) {
 		b.choose(b.asked(corpus.ColBERT), []string{colbert},
 			func(b *encoder) []string { return []string{f.colbert(b, y)} },
 			func(b *encoder) []string { return []string{b.none(len(f.colbertDims))} })
-		return []string{b.normalise(f.firstOf(b, y)), sparse, colbert}
+		unit, length := b.normalise(f.firstOf(b, y))
+		return []string{unit, length, sparse, colbert}
 	}, func(b *encoder) []string {
-		return []string{b.normalise(f.first(b, x, last)), b.none(len(f.sparseDims)), b.none(len(f.colbertDims))}
+		unit, length := b.normalise(f.first(b, x, last))
+		return []string{unit, length, b.none(len(f.sparseDims)), b.none(len(f.colbertDims))}
 	})
-	dense(outs[0])
-	e.name(outs[1], OutputSparse, f.sparseDims...)
-	e.name(outs[2], OutputColBERT, f.colbertDims...)
+	dense(outs[0], outs[1])
+	e.name(outs[2], OutputSparse, f.sparseDims...)
+	e.name(outs[3], OutputColBERT, f.colbertDims...)
 }
 
 // name gives a value the name of an output and declares it.

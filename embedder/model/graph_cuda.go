@@ -35,8 +35,11 @@ func packedGraph(d *description, weights map[string]stored) (*onnxGraph, Graph) 
 			mask := e.lengthsMask(InputTokenOffset, e.node("Sub", []string{ends, starts}))
 			return e.pool(e.ms("RestorePadding", []string{x, InputTokenOffset}), mask)
 		},
-		sparse:      (*encoder).sparseWeights,
-		colbert:     func(e *encoder, x string) string { return e.normaliseFloat(e.colbertVectors(x)) },
+		sparse: (*encoder).sparseWeights,
+		colbert: func(e *encoder, x string) string {
+			unit, _ := e.normalise(e.colbertVectors(x))
+			return unit
+		},
 		sparseDims:  []any{"sparse_tokens"},
 		colbertDims: []any{"colbert_tokens", "colbert_dim"},
 	}, &entry)

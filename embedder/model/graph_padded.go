@@ -40,7 +40,8 @@ func rowsForm(mask string) form {
 			from, to, axis := e.ints(1), e.ints(maxSlice), e.ints(1)
 			x = e.node("Slice", []string{x, from, to, axis})
 			keep := e.node("Unsqueeze", []string{e.node("Slice", []string{mask, from, to, axis}), e.ints(2)})
-			return e.normaliseFloat(e.node("Mul", []string{e.colbertVectors(x), keep}))
+			unit, _ := e.normalise(e.node("Mul", []string{e.colbertVectors(x), keep}))
+			return unit
 		},
 		sparseDims:  []any{"sparse_batch", "sparse_sequence"},
 		colbertDims: []any{"colbert_batch", "colbert_sequence", "colbert_dim"},

@@ -25,7 +25,7 @@ const (
 
 // FormatVersion numbers the layout of a built directory and of the graphs in it. A build
 // made under another number is made again.
-const FormatVersion = 2
+const FormatVersion = 3
 
 // schemeVersion numbers everything between the checkpoint's numbers and a vector that is
 // not in the checkpoint: pooling rules, quantisation, normalisation. It is part of the
@@ -84,6 +84,8 @@ const (
 	OutputDense   = "dense"
 	OutputSparse  = "sparse"
 	OutputColBERT = "colbert"
+	// OutputDenseNorm, [B,1], is the length of each dense vector before it was normalised.
+	OutputDenseNorm = "dense_norm"
 )
 
 // Graph is one ONNX file of a built model.

@@ -48,14 +48,14 @@ func (e *Engine) batches(rows [][]uint32, heads corpus.Heads) iter.Seq[batch] {
 // outputs are the tensors of one run; those not asked for have no name. sparseAt and colbertAt
 // say where a row's token values begin.
 type outputs struct {
-	dense, sparse, colbert output
-	sparseAt, colbertAt    []int
+	dense, norm, sparse, colbert output
+	sparseAt, colbertAt          []int
 }
 
 // bound lists what the run has to compute.
 func (o *outputs) bound() []output {
 	var list []output
-	for _, out := range []output{o.dense, o.sparse, o.colbert} {
+	for _, out := range []output{o.dense, o.norm, o.sparse, o.colbert} {
 		if out.name != "" {
 			list = append(list, out)
 		}
@@ -144,6 +144,7 @@ func (e *Engine) padded(b batch, cols int) (input, outputs) {
 	var out outputs
 	if b.heads.Has(corpus.Dense) {
 		out.dense = newOutput(model.OutputDense, rows, e.spec.Dim)
+		out.norm = newOutput(model.OutputDenseNorm, rows, 1)
 	}
 	if b.heads.Has(corpus.SparseHead) {
 		out.sparse = newOutput(model.OutputSparse, rows, cols)
@@ -192,6 +193,7 @@ func (e *Engine) packed(b batch) ([]input, outputs) {
 	var out outputs
 	if b.heads.Has(corpus.Dense) {
 		out.dense = newOutput(model.OutputDense, rows, e.spec.Dim)
+		out.norm = newOutput(model.OutputDenseNorm, rows, 1)
 	}
 	if b.heads.Has(corpus.SparseHead) {
 		out.sparse = newOutput(model.OutputSparse, b.tokens)
@@ -220,6 +222,7 @@ func (e *Engine) results(b batch, out outputs) []corpus.Vectors {
 		v := &results[i]
 		if d := e.spec.Dim; out.dense.name != "" {
 			v.Dense = out.dense.data[i*d : (i+1)*d : (i+1)*d]
+			v.DenseNorm = out.norm.data[i]
 		}
 		if out.sparse.name != "" {
 			v.Sparse = e.aggregate(row, out.sparse.data[out.sparseAt[i]:])

@@ -88,6 +88,9 @@ func TestEngineFeedsAndReadsEveryForm(t *testing.T) {
 						if heads.Has(corpus.Dense) && !slices.Equal(got[i].Dense, c.dense[i]) {
 							t.Errorf("%d rows, row %d: dense %v, expected %v", n, i, got[i].Dense, c.dense[i])
 						}
+						if want := c.dense[i][0]; heads.Has(corpus.Dense) && got[i].DenseNorm != want {
+							t.Errorf("%d rows, row %d: length %v, expected %v", n, i, got[i].DenseNorm, want)
+						}
 						if heads.Has(corpus.SparseHead) && !reflect.DeepEqual(got[i].Sparse, sparse[i]) {
 							t.Errorf("%d rows, row %d: sparse %v, expected %v", n, i, got[i].Sparse, sparse[i])
 						}

@@ -109,6 +109,7 @@ func onnxModel(nodes, constants, inputs, outputs [][]byte) []byte {
 //
 //	dense[b]      = (sum of the text's ids, 10 * the same)      padded
 //	              = (the text's first id, 10 * the same)        packed
+//	dense_norm[b] = dense[b][0]
 //	sparse[t]     = (id - 100) / 2
 //	colbert[t]    = (id, -id)                                   padded
 //	              = (position, -position)                       packed
@@ -124,6 +125,7 @@ func paddedGraph() []byte {
 		node("Mul", []string{"ids", "mask"}, []string{"kept"}, nil),
 		node("ReduceSum", []string{"kept", "axis1"}, []string{"sum"}, map[string]int64{"keepdims": 1}),
 		node("MatMul", []string{"sum", "one_ten"}, []string{"dense"}, nil),
+		node("Identity", []string{"sum"}, []string{"dense_norm"}, nil),
 		node("Sub", []string{"ids", "hundred"}, []string{"above"}, nil),
 		node("Mul", []string{"above", "half"}, []string{"halved"}, nil),
 		node("Mul", []string{"halved", "mask"}, []string{"sparse"}, nil),
@@ -137,7 +139,7 @@ func paddedGraph() []byte {
 	}, [][]byte{
 		value("input_ids", onnxInt32, "B", "S"), value("attention_mask", onnxInt32, "B", "S"),
 	}, [][]byte{
-		value("dense", onnxFloat, "B", "D"), value("sparse", onnxFloat, "B", "S"), value("colbert", onnxFloat, "B", "R", "C"),
+		value("dense", onnxFloat, "B", "D"), value("dense_norm", onnxFloat, "B", "N"), value("sparse", onnxFloat, "B", "S"), value("colbert", onnxFloat, "B", "R", "C"),
 	})
 }
 
@@ -149,6 +151,7 @@ func packedGraph() []byte {
 		node("Gather", []string{"ids", "starts"}, []string{"first"}, map[string]int64{"axis": 0}),
 		node("Unsqueeze", []string{"first", "axis1"}, []string{"first_column"}, nil),
 		node("MatMul", []string{"first_column", "one_ten"}, []string{"dense"}, nil),
+		node("Identity", []string{"first_column"}, []string{"dense_norm"}, nil),
 		// The grid's places are used, so that the input stays: the sum of a row times zero.
 		node("Cast", []string{"token_offset"}, []string{"places"}, map[string]int64{"to": onnxFloat}),
 		node("ReduceSum", []string{"places"}, []string{"all_places"}, map[string]int64{"keepdims": 0}),
@@ -166,7 +169,7 @@ func packedGraph() []byte {
 		value("input_ids", onnxInt32, "T"), value("position_ids", onnxInt32, "T"),
 		value("token_offset", onnxInt32, "B", "S"), value("cumulative_sequence_length", onnxInt32, "E"),
 	}, [][]byte{
-		value("dense", onnxFloat, "B", "D"), value("sparse", onnxFloat, "T"), value("colbert", onnxFloat, "T", "C"),
+		value("dense", onnxFloat, "B", "D"), value("dense_norm", onnxFloat, "B", "N"), value("sparse", onnxFloat, "T"), value("colbert", onnxFloat, "T", "C"),
 	})
 }
 
@@ -178,6 +181,7 @@ func lengthsGraph() []byte {
 		node("Cast", []string{"sequence_lengths"}, []string{"lengths"}, map[string]int64{"to": onnxFloat}),
 		node("Unsqueeze", []string{"lengths", "axis1"}, []string{"length_column"}, nil),
 		node("MatMul", []string{"length_column", "one_ten"}, []string{"dense"}, nil),
+		node("Identity", []string{"length_column"}, []string{"dense_norm"}, nil),
 		node("Mul", []string{"ids", "half"}, []string{"sparse"}, nil),
 		node("Slice", []string{"ids", "axis1", "end", "axis1"}, []string{"rest"}, nil),
 		node("Unsqueeze", []string{"rest", "axis2"}, []string{"column"}, nil),
@@ -188,7 +192,7 @@ func lengthsGraph() []byte {
 	}, [][]byte{
 		value("input_ids", onnxInt32, "B", "S"), value("sequence_lengths", onnxInt32, "B"),
 	}, [][]byte{
-		value("dense", onnxFloat, "B", "D"), value("sparse", onnxFloat, "B", "S"), value("colbert", onnxFloat, "B", "R", "C"),
+		value("dense", onnxFloat, "B", "D"), value("dense_norm", onnxFloat, "B", "N"), value("sparse", onnxFloat, "B", "S"), value("colbert", onnxFloat, "B", "R", "C"),
 	})
 }
 

@@ -24,6 +24,7 @@ type m3Goldens struct {
 		Text        string
 		IDs         []uint32
 		Dense       string
+		Norm        float64 // with normalize_embeddings=False
 		Sparse      map[string]float64
 		ColBERTRows int `json:"colbert_rows"`
 		// ColBERT holds all rows; for long texts there is their mean alone.
@@ -70,6 +71,9 @@ func TestTinyM3AgreesWithFlagEmbedding(t *testing.T) {
 			t.Fatalf("%.40q: heads %s, finite %v, expected %s", c.Text, v.Heads(), v.Finite(), heads)
 		}
 		if heads.Has(corpus.Dense) {
+			if off := math.Abs(float64(v.DenseNorm)/c.Norm - 1); !(off <= g.Tolerance.MaxAbs) {
+				t.Errorf("%.40q: length %v, expected %v", c.Text, v.DenseNorm, c.Norm)
+			}
 			cosine, diff := distance(v.Dense, decodeFloats(t, c.Dense))
 			worst.dense = max(worst.dense, diff)
 			if !(cosine >= g.Tolerance.Cosine) || !(diff <= g.Tolerance.MaxAbs) {

@@ -72,6 +72,7 @@ type vectorGoldens struct {
 		IDs                    []uint32
 		TokensBeforeTruncation int `json:"tokens_before_truncation"`
 		Dense                  string
+		Norm                   float64 // the vector's length before the last module made it 1
 	}
 }
 
@@ -147,7 +148,11 @@ func TestMiniLMAgreesWithSentenceTransformers(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, got := range [][]float32{alone[0].Dense, together[i].Dense} {
+		for _, v := range []corpus.Vectors{alone[0], together[i]} {
+			if off := math.Abs(float64(v.DenseNorm)/c.Norm - 1); !(off <= g.Tolerance.MaxAbs) {
+				t.Errorf("%q: length %v, expected %v", c.Text, v.DenseNorm, c.Norm)
+			}
+			got := v.Dense
 			if len(got) != g.Dim || len(want) != g.Dim {
 				t.Fatalf("%q: %d numbers, expected %d", c.Text, len(got), g.Dim)
 			}

@@ -107,7 +107,7 @@ func (v *Vectors) Heads() Heads {
 
 // Finite reports whether every value is a finite number.
 func (v *Vectors) Finite() bool {
-	ok := finite(v.Dense)
+	ok := finite(v.Dense) && finite([]float32{v.DenseNorm})
 	if v.Sparse != nil {
 		ok = ok && finite(v.Sparse.Values)
 	}

@@ -97,6 +97,10 @@ def main():
     full = [len(tok(t, truncation=False)["input_ids"]) for t in TEXTS]
     # One text at a time: no padding takes part in the reference.
     dense = np.stack([model.encode([t], batch_size=1, convert_to_numpy=True)[0] for t in TEXTS]).astype("<f4")
+    # What leaves the pooling, before the last module makes its length 1.
+    assert type(model[-1]).__name__ == "Normalize"
+    pooled = SentenceTransformer(modules=list(model)[:-1], device="cpu")
+    norms = [float(np.linalg.norm(pooled.encode([t], batch_size=1, normalize_embeddings=False)[0])) for t in TEXTS]
     out = {
         "made_by": {
             "python": platform.python_version(),
@@ -110,8 +114,8 @@ def main():
         "max_tokens": limit,
         "dim": int(dense.shape[1]),
         "texts": [
-            {"text": t, "ids": i, "tokens_before_truncation": n, "dense": base64.b64encode(v.tobytes()).decode()}
-            for t, i, n, v in zip(TEXTS, ids, full, dense)
+            {"text": t, "ids": i, "tokens_before_truncation": n, "dense": base64.b64encode(v.tobytes()).decode(), "norm": norm}
+            for t, i, n, v, norm in zip(TEXTS, ids, full, dense, norms)
         ],
     }
     with open(sys.argv[2], "w", encoding="utf-8") as f:

@@ -137,6 +137,7 @@ def make_goldens(checkpoint, out):
     from FlagEmbedding import BGEM3FlagModel
 
     m3 = BGEM3FlagModel(checkpoint, use_fp16=False, devices="cpu", normalize_embeddings=True)
+    raw = BGEM3FlagModel(checkpoint, use_fp16=False, devices="cpu", normalize_embeddings=False)
 
     def b64(v):
         return base64.b64encode(np.ascontiguousarray(v, "<f4").tobytes()).decode()
@@ -149,6 +150,7 @@ def make_goldens(checkpoint, out):
             "text": text,
             "ids": m3.tokenizer(text, truncation=True, max_length=MAX_TOKENS)["input_ids"],
             "dense": b64(got["dense_vecs"][0]),
+            "norm": float(np.linalg.norm(raw.encode([text], batch_size=1, max_length=MAX_TOKENS)["dense_vecs"][0])),
             "sparse": {k: float(v) for k, v in sorted(got["lexical_weights"][0].items(), key=lambda kv: int(kv[0]))},
         }
         colbert = got["colbert_vecs"][0]
