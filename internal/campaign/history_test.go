@@ -17,7 +17,7 @@ import (
 // indexFaults and ledgerFaults are what goes wrong, each as likely. Not among them: answers that
 // blame the request, and waits of whole seconds; scenarios_test.go plays those.
 var indexFaults = []faults.Fault{
-	{Kind: faults.DropRequest}, {Kind: faults.DropReply}, {Kind: faults.Delay}, {Kind: faults.Hold}, {Kind: faults.Hold},
+	{Kind: faults.DropRequest}, {Kind: faults.DropReply}, {Kind: faults.Delay, For: 10 * time.Millisecond}, {Kind: faults.Hold}, {Kind: faults.Hold},
 	{Kind: faults.Duplicate}, {Kind: faults.DuplicateLate}, {Kind: faults.DuplicateLate}, {Kind: faults.Reorder}, {Kind: faults.Half}, {Kind: faults.Half},
 	{Kind: faults.Refuse, Class: "unavailable"}, {Kind: faults.Refuse, Class: "internal"}, {Kind: faults.RefuseAfter, Class: "internal"},
 	{Kind: faults.RefuseAfter, Class: "timeout"},
@@ -39,12 +39,14 @@ type profile struct {
 	index    float64 // share of requests at fault
 	ledger   float64
 	mortal   bool // instances die
+	arrival  int  // percent: how soon late requests arrive
 }
 
 func draw(d *dice) profile {
 	p := profile{purge: d.chance(30), declared: d.chance(75), mortal: d.chance(70)}
 	p.index = []float64{0, 0.05, 0.15, 0.3}[d.n(4)]
 	p.ledger = []float64{0, 0.01, 0.03}[d.n(3)]
+	p.arrival = []int{0, 2, 25}[d.n(3)]
 	p.loss = []string{"", "", "", "", "", "some", "all", "collection", "strays", "damage"}[d.n(10)]
 	return p
 }
@@ -109,7 +111,7 @@ func (h *history) count(f func(s *stats)) {
 // while clients are at work.
 func (h *history) tempo(mortal bool) tempo {
 	t := tempo{
-		lease: 60 * time.Millisecond, poll: 10 * time.Millisecond, grace: time.Hour, stamp: 30 * time.Millisecond,
+		lease: 120 * time.Millisecond, poll: 30 * time.Millisecond, grace: time.Hour, stamp: 60 * time.Millisecond,
 		workers: 2, batch: 1 + h.d.n(4), queue: 1 + h.d.n(8), accept: 1 + h.d.n(4), scrubRepairs: h.d.chance(50),
 	}
 	if h.p.purge {
@@ -190,7 +192,10 @@ func (h *history) run() stats {
 	over := make(chan struct{})
 	var beside sync.WaitGroup
 	beside.Go(func() {
-		h.every(over, 3*time.Millisecond, func() { h.r.release(h.d, h.d.chance(20), h.d.chance(60), false) })
+		h.every(over, 3*time.Millisecond, func() {
+			h.r.clock.Advance(3 * time.Millisecond)
+			h.r.release(h.d, h.d.chance(h.p.arrival), h.d.chance(60), false)
+		})
 	})
 	beside.Go(func() { h.every(over, 20*time.Millisecond, func() { h.search(nil) }) })
 	working.Wait()
