@@ -154,12 +154,35 @@ func doctor(ctx context.Context, e *cli.Env) int {
 	return cli.WriteDiagnoses(e, all)
 }
 
+// reconcile talks to a server, or with --direct to the stores themselves.
 func reconcile(ctx context.Context, e *cli.Env) int {
 	o, code, ok := cli.ParseReconcile(e)
 	if !ok {
 		return code
 	}
-	return cli.RemoteReconcile(ctx, e, o)
+	if !o.Direct {
+		return cli.RemoteReconcile(ctx, e, o)
+	}
+	own := *e
+	own.Args = o.DirectArgs
+	cfg, operands, code, ok := configured(&own, "reconcile --direct --", "The settings of a reconcile without a server.", nil)
+	if !ok {
+		return code
+	}
+	if !noOperands(e, "reconcile", operands) {
+		return cli.ExitUsage
+	}
+	if cfg.Log.Level == "info" {
+		cfg.Log.Level = "warn" // the report is what this command says; --log-level debug shows all
+	}
+	err := app.Direct(ctx, cfg, logger(cfg, e.Stderr), app.Options{Version: version}, o.Request.Repair, func(ctx context.Context, r *app.Reconciler) error {
+		code = cli.Reconcile(ctx, e, r, o)
+		return nil
+	})
+	if err != nil {
+		return failed(ctx, e, "reconcile", err)
+	}
+	return code
 }
 
 // failed reports what ended a command.

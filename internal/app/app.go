@@ -212,17 +212,7 @@ func (a *App) openRooms(ctx context.Context, emb Embedder, reg *prometheus.Regis
 		Lease: cfg.Ingest.Lease, Grace: cfg.Ingest.TombstoneAge,
 		Logger: log, Registerer: reg,
 	})
-	a.recon = reconcile.New(reconcile.Config{
-		Owner: owner, IndexPrefix: qdrant.Prefix, Workers: cfg.Reconcile.Workers,
-		PointsPerSecond: cfg.Reconcile.PointsPerSecond, Grace: cfg.Reconcile.Grace,
-		MaxDeletes: cfg.Reconcile.MaxDeletes, FreeDeletes: int64(cfg.Reconcile.FreeDeletes),
-		Quarantine: cfg.Reconcile.Quarantine, Wake: a.ingest.Wake,
-		Scrub: reconcile.ScrubConfig{
-			Off: !cfg.Scrub, QuickEvery: cfg.Reconcile.ScrubQuickEvery,
-			FullWithin: cfg.Reconcile.ScrubFullWithin, PointsPerSecond: cfg.Reconcile.ScrubPoints,
-		},
-	}, a.ledger, a.index, log, reg)
-	a.onStop(func(context.Context) error { a.recon.Close(); return nil })
+	a.openReconcile(owner, a.ingest.Wake, reg, log)
 	searcher := search.New(a.ledger, a.index, emb, a.recon, search.Config{
 		Timeout: cfg.Search.Timeout, CacheBytes: int64(cfg.Search.CacheBytes), CacheTTL: cfg.Search.CacheTTL,
 	}, reg)
@@ -244,6 +234,22 @@ func (a *App) openRooms(ctx context.Context, emb Embedder, reg *prometheus.Regis
 		Health: a.health, Registry: reg, Logger: log,
 	})
 	return err
+}
+
+// openReconcile builds the room that compares the stores. wake tells the workers of repairs.
+func (a *App) openReconcile(owner corpus.ID, wake func(), reg *prometheus.Registry, log *slog.Logger) {
+	cfg := a.cfg
+	a.recon = reconcile.New(reconcile.Config{
+		Owner: owner, IndexPrefix: qdrant.Prefix, Workers: cfg.Reconcile.Workers,
+		PointsPerSecond: cfg.Reconcile.PointsPerSecond, Grace: cfg.Reconcile.Grace,
+		MaxDeletes: cfg.Reconcile.MaxDeletes, FreeDeletes: int64(cfg.Reconcile.FreeDeletes),
+		Quarantine: cfg.Reconcile.Quarantine, Wake: wake,
+		Scrub: reconcile.ScrubConfig{
+			Off: !cfg.Scrub, QuickEvery: cfg.Reconcile.ScrubQuickEvery,
+			FullWithin: cfg.Reconcile.ScrubFullWithin, PointsPerSecond: cfg.Reconcile.ScrubPoints,
+		},
+	}, a.ledger, a.index, log, reg)
+	a.onStop(func(context.Context) error { a.recon.Close(); return nil })
 }
 
 // Addr is where the service listens.
