@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/lockstep-db/lockstep/internal/corpus"
@@ -74,11 +75,11 @@ func Open(ctx context.Context, cfg Config, log *slog.Logger) (*Store, error) {
 }
 
 func (s *Store) inspect(ctx context.Context) error {
-	var fsync, commit string
+	var fsync, commit, encoding string
 	var version int
 	var standby bool
 	err := s.pool.QueryRow(ctx, `SELECT current_setting('fsync'), current_setting('synchronous_commit'),
-		current_setting('server_version_num')::int, pg_is_in_recovery()`).Scan(&fsync, &commit, &version, &standby)
+		current_setting('server_version_num')::int, pg_is_in_recovery(), current_setting('server_encoding')`).Scan(&fsync, &commit, &version, &standby, &encoding)
 	if err != nil {
 		return wrap("inspecting the database server", err)
 	}
@@ -89,6 +90,8 @@ func (s *Store) inspect(ctx context.Context) error {
 		return corpus.Errorf(corpus.Conflict, "synchronous_commit_off", "the database refuses synchronous_commit = on for this session (it says %q): remove the override of the role or the pooler", commit)
 	case version < minServer:
 		return corpus.Errorf(corpus.Conflict, "database_too_old", "the database server is version %d; %d or later is needed", version/10000, minServer/10000)
+	case encoding != "UTF8":
+		return corpus.Errorf(corpus.Conflict, "database_encoding", "the database's encoding is %s; create one with ENCODING 'UTF8'", encoding)
 	case standby:
 		return corpus.Errorf(corpus.Conflict, "database_is_standby", "the database is a read-only standby: connect to the primary (target_session_attrs=read-write)")
 	}
@@ -108,13 +111,13 @@ func (s *Store) Ping(ctx context.Context) error {
 const maxTries = 5
 
 // inTx runs do in a READ COMMITTED transaction and commits. What Postgres aborted (deadlock,
-// serialization) is run again, because nothing of it happened; a connection lost at commit
-// is not, because the outcome is unknown.
+// serialization) and what was never sent (a pooled connection had died) is run again, because
+// nothing of it happened; a connection lost at commit is not, because the outcome is unknown.
 func (s *Store) inTx(ctx context.Context, doing string, do func(tx pgx.Tx) error) error {
 	var err error
 	for range maxTries {
 		err = pgx.BeginFunc(ctx, s.pool, do)
-		if !aborted(err) {
+		if !aborted(err) && !pgconn.SafeToRetry(err) {
 			break
 		}
 	}

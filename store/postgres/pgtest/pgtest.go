@@ -82,10 +82,36 @@ func (s *Server) Kill(t testing.TB) {
 	if err := os.WriteFile(filepath.Join(s.dir, "keep"), nil, 0o644); err != nil {
 		t.Fatal(err)
 	}
+	children := childrenOf(pid)
 	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 		t.Fatalf("killing the postmaster: %v", err)
 	}
+	for _, p := range children { // they would answer for a moment longer, until they notice
+		_ = syscall.Kill(p, syscall.SIGKILL) // one may have ended by itself
+	}
 	<-s.ended
+}
+
+// childrenOf lists the processes started by pid, where /proc tells.
+func childrenOf(pid int) []int {
+	stats, _ := filepath.Glob("/proc/[0-9]*/stat") // the pattern is well formed
+	var out []int
+	for _, path := range stats {
+		raw, err := os.ReadFile(path)
+		if err != nil {
+			continue // ended meanwhile
+		}
+		// After the name in parentheses: state, parent.
+		var state string
+		var parent int
+		if _, err := fmt.Sscan(string(raw[bytes.LastIndexByte(raw, ')')+1:]), &state, &parent); err != nil || parent != pid {
+			continue
+		}
+		if child, err := strconv.Atoi(filepath.Base(filepath.Dir(path))); err == nil {
+			out = append(out, child)
+		}
+	}
+	return out
 }
 
 // Restart starts a server again after Kill, over the same data.
