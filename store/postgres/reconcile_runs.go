@@ -513,6 +513,12 @@ func (s *Store) FinishRun(ctx context.Context, id, leader corpus.ID, state corpu
 		var batch pgx.Batch
 		batch.Queue(`DELETE FROM reconcile_suspects WHERE run_id = $1`, id)
 		batch.Queue(`DELETE FROM reconcile_ranges WHERE run_id = $1`, id)
+		// Earlier runs over the same collections that did not end are not resumed any more.
+		for _, table := range []string{"reconcile_suspects", "reconcile_ranges"} {
+			batch.Queue(`DELETE FROM `+table+` w USING reconcile_runs r, reconcile_targets old, reconcile_targets mine, reconcile_runs me
+				WHERE me.id = $1 AND mine.run_id = me.id AND old.collection_id = mine.collection_id AND r.id = old.run_id
+				  AND r.state IN ('failed', 'cancelled') AND r.started_at < me.started_at AND w.run_id = r.id`, id)
+		}
 		batch.Queue(`DELETE FROM reconcile_findings f USING (
 				SELECT index_id, point_id, kind, row_number() OVER (PARTITION BY collection_id, kind ORDER BY state = 'repaired', point_id) AS n
 				FROM reconcile_findings WHERE run_id = $1) x
@@ -530,7 +536,7 @@ const finishTargets = `
 		indexed_points = coalesce((SELECT sum(points) FROM reconcile_ranges r JOIN indexes i ON i.id = r.index_id AND i.state = 'serving'
 			WHERE r.run_id = t.run_id AND r.collection_id = t.collection_id), 0),
 		pending = (SELECT count(*) FROM index_entries e JOIN indexes i ON i.id = e.index_id AND i.state = 'serving'
-			WHERE i.collection_id = t.collection_id AND (e.state = 'pending' OR e.state = 'indexed' AND e.meta_version <> e.want_meta)),
+			WHERE i.collection_id = t.collection_id AND (e.state = 'pending' OR e.state = 'indexed' AND e.meta_version <> e.want_meta OR e.state = 'dead' AND e.absent_at IS NULL)),
 		findings = (SELECT coalesce(jsonb_object_agg(kind, n), '{}') FROM (SELECT kind, count(*) AS n FROM reconcile_findings f
 			WHERE f.run_id = t.run_id AND f.collection_id = t.collection_id GROUP BY kind) x),
 		repaired = (SELECT coalesce(jsonb_object_agg(kind, n), '{}') FROM (SELECT kind, count(*) AS n FROM reconcile_findings f
@@ -722,6 +728,6 @@ func (s *Store) ForgetRuns(ctx context.Context) error {
 				       `+wholeRun+` AND r.state IN ('done', 'braked') AS whole,
 				       row_number() OVER (PARTITION BY t.collection_id, `+wholeRun+` AND r.state IN ('done', 'braked') ORDER BY r.started_at DESC) AS nth
 				FROM reconcile_targets t JOIN reconcile_runs r ON r.id = t.run_id) x
-			GROUP BY run_id HAVING bool_and(n > CASE WHEN asked THEN $1 ELSE $2 END AND NOT (whole AND nth = 1)))`, keepRequested, keepBackground)
+			GROUP BY run_id HAVING bool_and(n > CASE WHEN asked THEN $1::bigint ELSE $2::bigint END AND NOT (whole AND nth = 1)))`, keepRequested, keepBackground)
 	return wrap("forgetting old reconcile runs", err)
 }
