@@ -455,7 +455,8 @@ func (in *instance) waitRun(id string) map[string]any {
 		run := in.must(http.StatusOK, http.MethodGet, "/admin/reconcile/"+id, nil)
 		if run["state"] != "running" {
 			if run["state"] != "done" {
-				in.t.Fatalf("the run ended as %v: %v", run["state"], run["error"])
+				report, _ := json.Marshal(run["collections"])
+				in.t.Fatalf("the run ended as %v: %v\n%s", run["state"], run["error"], tail(report, 4000))
 			}
 			return run
 		}

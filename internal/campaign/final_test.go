@@ -392,6 +392,9 @@ func (r *rig) sweepUp(ctx context.Context, fail func(string, ...any)) {
 	if err := r.store.ClearCollections(ctx); err != nil {
 		fail("clearing: %v", err)
 	}
+	if err := r.store.ForgetRuns(ctx); err != nil {
+		fail("forgetting runs: %v", err)
+	}
 	for _, table := range []string{"reconcile_findings", "reconcile_suspects", "reconcile_ranges", "reconcile_targets", "reconcile_runs", "reconcile_scrub", "reconcile_deletes", "index_stamps", "incarnation_floors"} {
 		if _, err := r.pool.Exec(ctx, "DELETE FROM lockstep."+table); err != nil {
 			fail("clearing %s: %v", table, err)
