@@ -21,11 +21,12 @@ type Diagnosis struct {
 // doctorTime bounds the question to a server.
 const doctorTime = 10 * time.Second
 
-// AskServer looks for a running server. None is not an illness.
-func AskServer(ctx context.Context, e *Env, server string) []Diagnosis {
+// AskServer looks for a running server, and reports whether one is ready. None is not an
+// illness.
+func AskServer(ctx context.Context, e *Env, server string) (d Diagnosis, ready bool) {
 	client, err := NewClient(server, e.Getenv("LOCKSTEP_API_KEY"))
 	if err != nil {
-		return []Diagnosis{{Name: "server", Err: err, Remedy: "correct --server or LOCKSTEP_SERVER"}}
+		return Diagnosis{Name: "server", Err: err, Remedy: "correct --server or LOCKSTEP_SERVER"}, false
 	}
 	defer client.Close()
 	ctx, cancel := context.WithTimeout(ctx, doctorTime)
@@ -40,9 +41,9 @@ func AskServer(ctx context.Context, e *Env, server string) []Diagnosis {
 	err = client.call(ctx, http.MethodGet, "/readyz", nil, &out)
 	switch {
 	case isUnreachable(err):
-		return []Diagnosis{{Name: "server", Detail: "none answers at " + server + " (start one with `lockstep serve`)"}}
+		return Diagnosis{Name: "server", Detail: "none answers at " + server + " (start one with `lockstep serve`)"}, false
 	case err != nil:
-		return []Diagnosis{{Name: "server", Err: err, Remedy: "look at the server's log; /readyz names what it waits for"}}
+		return Diagnosis{Name: "server", Err: err, Remedy: "look at the server's log; /readyz names what it waits for"}, false
 	}
 	detail := "ready at " + server
 	for _, c := range out.Checks {
@@ -50,7 +51,7 @@ func AskServer(ctx context.Context, e *Env, server string) []Diagnosis {
 			detail += "; " + c.Name + ": " + c.Detail
 		}
 	}
-	return []Diagnosis{{Name: "server", Detail: detail}}
+	return Diagnosis{Name: "server", Detail: detail}, true
 }
 
 // WriteDiagnoses prints what was found and returns the exit code.

@@ -350,7 +350,7 @@ func TestSearch(t *testing.T) {
 func TestDoctor(t *testing.T) {
 	t.Parallel()
 	w := newWorld("")
-	if d := AskServer(t.Context(), w.Env, "http://127.0.0.1:1"); d[0].Err != nil || !strings.Contains(d[0].Detail, "none answers") {
+	if d, ready := AskServer(t.Context(), w.Env, "http://127.0.0.1:1"); ready || d.Err != nil || !strings.Contains(d.Detail, "none answers") {
 		t.Errorf("no server: %+v", d)
 	}
 	s := newServer(t)
@@ -364,10 +364,10 @@ func TestDoctor(t *testing.T) {
 		_, _ = w.Write([]byte(`{"status":"ready","checks":[{"name":"model","ready":true,"detail":"minilm"}]}`))
 		return true
 	}
-	if d := AskServer(t.Context(), w.Env, s.URL); d[0].Err == nil {
+	if d, ready := AskServer(t.Context(), w.Env, s.URL); ready || d.Err == nil {
 		t.Errorf("not ready: %+v", d)
 	}
-	if d := AskServer(t.Context(), w.Env, s.URL); d[0].Err != nil || !strings.Contains(d[0].Detail, "model: minilm") {
+	if d, ready := AskServer(t.Context(), w.Env, s.URL); !ready || d.Err != nil || !strings.Contains(d.Detail, "model: minilm") {
 		t.Errorf("ready: %+v", d)
 	}
 	code := WriteDiagnoses(w.Env, []Diagnosis{{Name: "a", Detail: "fine"}, {Name: "b", Err: &APIError{Detail: "broken"}, Remedy: "mend it"}})

@@ -9,7 +9,7 @@ import (
 // unless an env tag names others. The help tags are what --help and docs print.
 type Config struct {
 	Listen  string `yaml:"listen" help:"address to serve HTTP on; without API keys it must be loopback"`
-	DataDir string `yaml:"data_dir" help:"folder of the embedded Postgres and index"`
+	DataDir string `yaml:"data_dir" help:"folder of the embedded Postgres and index; default $XDG_DATA_HOME/lockstep (~/.local/share/lockstep), or /var/lib/lockstep for root"`
 	// CacheDir holds what was fetched or built once: libraries, checkpoints, built models.
 	CacheDir string `yaml:"cache_dir" help:"folder of what is fetched or built once; default $XDG_CACHE_HOME/lockstep"`
 

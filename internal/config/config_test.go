@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -256,6 +257,61 @@ func TestEverySettingIsDescribed(t *testing.T) {
 	Usage(&usage)
 	if !strings.Contains(usage.String(), "--http-max-body") || !strings.Contains(usage.String(), "LOCKSTEP_DATABASE_URL, DATABASE_URL") {
 		t.Errorf("usage:\n%s", usage.String())
+	}
+}
+
+var update = flag.Bool("update", false, "rewrite the golden files")
+
+// TestDocumentation keeps docs/configuration.md what the code says.
+func TestDocumentation(t *testing.T) {
+	t.Parallel()
+	var b strings.Builder
+	b.WriteString(`# Configuration
+
+<!-- Written by "go test ./internal/config -run TestDocumentation -update"; edit the code. -->
+
+Every setting has three names: a flag, a variable and a path in a YAML file. Flags win over
+variables, variables over the file (` + "`--config FILE` or `LOCKSTEP_CONFIG`" + `), the file over the default.
+` + "`lockstep serve --print-config`" + ` shows what holds and where each value came from, secrets masked;
+its output is a configuration file. An unknown flag or path, or a value that does not parse, is
+refused before anything is opened, and so are values that do not fit each other.
+
+Durations are written 500ms, 30s, 5m; sizes 1048576, 16MiB, 1GB; switches on and off.
+
+API keys have the form ` + "`name:scope+scope:secret`" + `, several separated by spaces or commas, or one a line
+in a file (where # begins a comment). The scopes are read, write and admin; admin includes the
+others. A secret has at least 16 characters, such as ` + "`openssl rand -hex 24`" + ` makes. The name appears
+in access logs, the secret nowhere. Without keys the service listens on loopback only.
+
+    LOCKSTEP_API_KEYS="web:read:SECRET1 loader:read+write:SECRET2 ops:admin:SECRET3"
+
+The commands that speak to a server read two more variables: ` + "`LOCKSTEP_SERVER`" + ` (its address) and
+` + "`LOCKSTEP_API_KEY`" + ` (the secret alone). ` + "`lockstep model pull`" + ` reads ` + "`LOCKSTEP_HUB_URL`" + ` and ` + "`HF_TOKEN`" + `.
+
+| Flag | Variable | YAML path | Default | Meaning |
+| --- | --- | --- | --- | --- |
+`)
+	c := Default()
+	for _, s := range settingsOf(&c) {
+		value := s.text()
+		if value != "" {
+			value = "`" + value + "`"
+		}
+		fmt.Fprintf(&b, "| `--%s` | `%s` | `%s` | %s | %s |\n", s.flag, strings.Join(s.env, "`, `"), s.path, value, s.help)
+	}
+	path := filepath.Join("..", "..", "docs", "configuration.md")
+	if *update {
+		if err := os.WriteFile(path, []byte(b.String()), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	have, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if string(have) != b.String() {
+		t.Error("docs/configuration.md is not what the code says; run with -update")
 	}
 }
 
