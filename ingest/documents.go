@@ -44,6 +44,15 @@ func (s *Service) ingest(ctx context.Context, req *corpus.IngestRequest) ([]corp
 		valid = append(valid, &pendingDoc{in: in, place: i, t: t, doc: doc})
 	}
 	s.at(StepValidated)
+	var c *watch
+	if req.Wait {
+		ids := make([]corpus.ID, len(valid))
+		for i, d := range valid {
+			ids[i] = corpus.DocumentID(t.ID, d.doc.ExternalID)
+		}
+		c = s.waiting.add(ids)
+		defer s.waiting.remove(c)
+	}
 	if err := s.decide(ctx, t, valid); err != nil {
 		return nil, err
 	}
@@ -67,7 +76,7 @@ func (s *Service) ingest(ctx context.Context, req *corpus.IngestRequest) ([]corp
 		return nil, failed // nothing was accepted, and not for a fault of the documents
 	}
 	if req.Wait {
-		s.await(ctx, t.ID, valid, out)
+		s.await(ctx, t.ID, c, valid, out)
 	}
 	return out, nil
 }
@@ -158,7 +167,11 @@ func (s *Service) Patch(ctx context.Context, collection, id string, md corpus.Me
 	}
 	if wait {
 		out := []corpus.DocumentResult{r}
-		s.await(ctx, t.ID, []*pendingDoc{{got: got, patched: true}}, out)
+		c := s.waiting.add([]corpus.ID{got.Document})
+		defer s.waiting.remove(c)
+		// The first look asks the ledger: it may have been settled before.
+		s.waiting.notify([]corpus.DocumentProgress{{Document: got.Document}})
+		s.await(ctx, t.ID, c, []*pendingDoc{{got: got, patched: true}}, out)
 		r = out[0]
 	}
 	return r, nil

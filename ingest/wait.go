@@ -15,15 +15,18 @@ type waiters struct {
 	byDoc map[corpus.ID][]*watch
 }
 
-// watch is one caller's wait.
+// watch is one caller's wait for some documents.
 type watch struct {
+	docs    []corpus.ID
 	changed chan struct{} // holds at most one
+	// fresh is what was settled here since the caller last looked. Guarded by waiters.mu.
+	fresh []corpus.DocumentProgress
 }
 
 func newWaiters() *waiters { return &waiters{byDoc: map[corpus.ID][]*watch{}} }
 
 func (w *waiters) add(docs []corpus.ID) *watch {
-	c := &watch{changed: make(chan struct{}, 1)}
+	c := &watch{docs: docs, changed: make(chan struct{}, 1)}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, id := range docs {
@@ -32,10 +35,10 @@ func (w *waiters) add(docs []corpus.ID) *watch {
 	return c
 }
 
-func (w *waiters) remove(c *watch, docs []corpus.ID) {
+func (w *waiters) remove(c *watch) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for _, id := range docs {
+	for _, id := range c.docs {
 		list := w.byDoc[id]
 		for i := range list {
 			if list[i] == c {
@@ -52,7 +55,8 @@ func (w *waiters) remove(c *watch, docs []corpus.ID) {
 	}
 }
 
-// notify wakes those who wait for any of the documents.
+// notify tells those who wait for any of the documents where it stands. One without a Target
+// says only that something happened to it.
 func (w *waiters) notify(progress []corpus.DocumentProgress) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -61,9 +65,19 @@ func (w *waiters) notify(progress []corpus.DocumentProgress) {
 	}
 	for i := range progress {
 		for _, c := range w.byDoc[progress[i].Document] {
+			c.fresh = append(c.fresh, progress[i])
 			signal(c.changed)
 		}
 	}
+}
+
+// take returns what came for c since the last call.
+func (w *waiters) take(c *watch) []corpus.DocumentProgress {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	out := c.fresh
+	c.fresh = nil
+	return out
 }
 
 // Polls of a wait: often at first, for work that is done in milliseconds, then seldom, for what
@@ -73,45 +87,72 @@ const (
 	lastWaitPoll  = 2 * time.Second
 )
 
-// poll calls test until it returns true, whenever one of docs moved and now and then besides.
-// It reports false if ctx ended or the service stopped first.
-func (s *Service) poll(ctx context.Context, docs []corpus.ID, test func() bool) bool {
-	c := s.waiting.add(docs)
-	defer s.waiting.remove(c, docs)
-	for wait := firstWaitPoll; ; wait = min(2*wait, lastWaitPoll) {
-		if test() {
-			return true
-		}
-		t := time.NewTimer(wait)
+// poll calls test until it returns true: with what came for c, whenever something did, and now
+// and then with ask set, for what came from elsewhere. It reports false if ctx ended or the
+// service stopped first.
+func (s *Service) poll(ctx context.Context, c *watch, test func(fresh []corpus.DocumentProgress, ask bool) bool) bool {
+	if test(s.waiting.take(c), false) {
+		return true
+	}
+	wait := firstWaitPoll
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	for {
 		select {
 		case <-c.changed:
-			t.Stop()
-		case <-t.C:
+			if test(s.waiting.take(c), false) {
+				return true
+			}
+		case <-timer.C:
+			if test(nil, true) {
+				return true
+			}
+			wait = min(2*wait, lastWaitPoll)
+			timer.Reset(wait)
 		case <-s.stopping:
-			t.Stop()
-			return test() // a last look: the work may have been done while stopping
+			return test(nil, true) // a last look: the work may have been done while stopping
 		case <-ctx.Done():
-			t.Stop()
 			return false
 		}
 	}
 }
 
-// await fills in the fates of accepted documents once they are known.
-func (s *Service) await(ctx context.Context, collection corpus.ID, docs []*pendingDoc, out []corpus.DocumentResult) {
+// await fills in the fates of accepted documents once they are known. c was made before they
+// were accepted, so that nothing settled since has been missed.
+func (s *Service) await(ctx context.Context, collection corpus.ID, c *watch, docs []*pendingDoc, out []corpus.DocumentResult) {
 	open := make(map[corpus.ID]*pendingDoc, len(docs))
-	ids := make([]corpus.ID, 0, len(docs))
 	for _, d := range docs {
 		// What was unchanged and serves already needs no wait.
 		if d.err == nil && !(d.got.Acceptance == corpus.Unchanged && d.got.Serving == d.got.Version && !d.patched) {
 			open[d.got.Document] = d
-			ids = append(ids, d.got.Document)
 		}
 	}
 	if len(open) == 0 {
 		return
 	}
-	s.poll(ctx, ids, func() bool {
+	settle := func(p *corpus.DocumentProgress) {
+		d := open[p.Document]
+		if d == nil {
+			return
+		}
+		if status, cause, settled := verdict(d, p); settled {
+			out[d.place].Status, out[d.place].Err = status, cause
+			delete(open, p.Document)
+		}
+	}
+	s.poll(ctx, c, func(fresh []corpus.DocumentProgress, ask bool) bool {
+		for i := range fresh {
+			switch d := open[fresh[i].Document]; {
+			case d == nil:
+			case fresh[i].Target == 0 || d.forMetadata():
+				ask = true // only the ledger knows
+			default:
+				settle(&fresh[i])
+			}
+		}
+		if !ask || len(open) == 0 {
+			return len(open) == 0
+		}
 		rest := make([]corpus.ID, 0, len(open))
 		for id := range open {
 			rest = append(rest, id)
@@ -122,14 +163,15 @@ func (s *Service) await(ctx context.Context, collection corpus.ID, docs []*pendi
 			return false // the next poll tries again, until ctx ends
 		}
 		for i := range progress {
-			d := open[progress[i].Document]
-			if status, cause, settled := verdict(d, &progress[i]); settled {
-				out[d.place].Status, out[d.place].Err = status, cause
-				delete(open, progress[i].Document)
-			}
+			settle(&progress[i])
 		}
 		return len(open) == 0
 	})
+}
+
+// forMetadata reports that the wait is for metadata to be on the points.
+func (d *pendingDoc) forMetadata() bool {
+	return d.got.Acceptance == corpus.NewMetadata || d.patched
 }
 
 // verdict decides whether a wait for a document is over, and how it ended.
@@ -144,7 +186,7 @@ func verdict(d *pendingDoc, p *corpus.DocumentProgress) (status corpus.DocumentS
 		return corpus.StatusSuperseded, nil, true
 	case p.Serving == d.got.Version:
 		// Metadata that was asked for has to be on the points, so that filters find it.
-		if (d.got.Acceptance == corpus.NewMetadata || d.patched) && p.MetaSettled < d.got.MetaVersion && p.Failure == "" {
+		if d.forMetadata() && p.MetaSettled < d.got.MetaVersion && p.Failure == "" {
 			return "", nil, false
 		}
 		return done, nil, true
@@ -156,12 +198,17 @@ func verdict(d *pendingDoc, p *corpus.DocumentProgress) (status corpus.DocumentS
 
 // awaitGone waits until a deleted document's points are known to be absent.
 func (s *Service) awaitGone(ctx context.Context, collection, doc corpus.ID, version int64) bool {
-	return s.poll(ctx, []corpus.ID{doc}, func() bool {
+	c := s.waiting.add([]corpus.ID{doc})
+	defer s.waiting.remove(c)
+	gone := func() bool {
 		p, err := s.cfg.Ledger.Progress(ctx, collection, []corpus.ID{doc})
 		if err != nil {
 			s.log.DebugContext(ctx, "reading progress", "err", err)
 			return false
 		}
 		return !p[0].Known || p[0].Dying == 0 || p[0].Target > version
+	}
+	return gone() || s.poll(ctx, c, func(fresh []corpus.DocumentProgress, ask bool) bool {
+		return (ask || len(fresh) > 0) && gone()
 	})
 }

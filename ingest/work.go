@@ -186,6 +186,11 @@ func (s *Service) settle(ctx context.Context, ix corpus.Index, results []corpus.
 	for i := range progress {
 		replaced = replaced || progress[i].Serving == progress[i].Target && progress[i].Target > 1
 	}
+	for i := range results {
+		if results[i].Outcome == corpus.EntryGivenUp { // what it failed of, only the ledger tells
+			progress = append(progress, corpus.DocumentProgress{Document: results[i].Document})
+		}
+	}
 	s.waiting.notify(progress)
 	if replaced {
 		signal(s.reapNow) // what the switch passed is dead now
