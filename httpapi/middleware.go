@@ -100,7 +100,9 @@ func (s *Server) observe(next echo.HandlerFunc) echo.HandlerFunc {
 				s.log.WarnContext(r.Context(), "reply not written", "request_id", id, "err", werr)
 			}
 		}
-		s.record(c, body.n.Load(), time.Since(began), err, panicked)
+		// Not the request that the handler saw: bound has ended that one's context by now.
+		left := errors.Is(r.Context().Err(), context.Canceled)
+		s.record(c, left, body.n.Load(), time.Since(began), err, panicked)
 		if aborted {
 			panic(http.ErrAbortHandler) // net/http closes the connection and logs nothing
 		}
@@ -131,7 +133,8 @@ func (s *Server) guard(next echo.HandlerFunc, c echo.Context) (err error) {
 	return next(c)
 }
 
-func (s *Server) record(c echo.Context, in int64, took time.Duration, err error, panicked *panicError) {
+// record counts and logs a request. left says that the caller went away before the answer.
+func (s *Server) record(c echo.Context, left bool, in int64, took time.Duration, err error, panicked *panicError) {
 	r := c.Request()
 	template, method := "unmatched", "other"
 	rt, matched := c.Get(ctxRoute).(*route)
@@ -139,7 +142,6 @@ func (s *Server) record(c echo.Context, in int64, took time.Duration, err error,
 		template, method = rt.path, r.Method
 	}
 	status := c.Response().Status
-	left := errors.Is(r.Context().Err(), context.Canceled)
 	if left && err != nil {
 		status = statusClientLeft
 	}

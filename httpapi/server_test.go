@@ -252,6 +252,7 @@ func TestMetrics(t *testing.T) {
 	b := setup(t, nil)
 	b.post("/documents", `{"documents":[{"id":"a/secret/id","text":"x"}]}`)
 	b.get("/documents/a/secret/id")
+	b.get("/documents/no/secret") // an error by a handler keeps its status
 	b.get("/nope/secret")
 	b.do("FROB", "/x", "")
 	a := b.get("/metrics")
@@ -259,6 +260,7 @@ func TestMetrics(t *testing.T) {
 	for _, s := range []string{
 		`http_requests_total{method="POST",route="/documents",status="202"} 1`,
 		`http_requests_total{method="GET",route="/documents/*",status="200"} 1`,
+		`http_requests_total{method="GET",route="/documents/*",status="404"} 1`,
 		`http_requests_total{method="other",route="unmatched",status="404"} 2`,
 		"http_request_seconds_bucket", "http_received_bytes_total",
 	} {

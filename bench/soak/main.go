@@ -61,6 +61,10 @@ func run(ctx context.Context) error {
 	if _, err := s.memory(ctx); err != nil {
 		return err
 	}
+	err := s.call(ctx, http.MethodPost, "/collections", "application/json", map[string]any{"name": "soak", "fields": map[string]any{"n": "integer"}})
+	if err != nil {
+		return err
+	}
 	fmt.Printf("%s of load on %s, %d clients, %d documents, seed %d\n", *length, *server, *clients, *documents, *seed)
 	load, cancel := context.WithTimeout(ctx, *length)
 	defer cancel()
@@ -207,8 +211,8 @@ func (s *soak) call(ctx context.Context, method, path, accept string, in any) er
 	switch {
 	case err != nil:
 		return err
-	case resp.StatusCode < 300, resp.StatusCode == http.StatusNotFound:
-		return nil // what is not there yet, or not any more, is an answer
+	case resp.StatusCode < 300, resp.StatusCode == http.StatusNotFound, path == "/collections" && resp.StatusCode == http.StatusConflict:
+		return nil // what is not there, or there already, is an answer
 	case resp.StatusCode == http.StatusTooManyRequests:
 		s.refused.Add(1)
 		select {
