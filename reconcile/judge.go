@@ -93,8 +93,11 @@ func (j judge) stuck(row *corpus.LedgerRow) []verdict {
 		return nil
 	}
 	why := "nobody claimed it again after its lease ran out"
-	if row.State == corpus.EntryFailed {
+	switch row.State {
+	case corpus.EntryFailed:
 		why = "the workers gave up on it"
+	case corpus.EntryDead:
+		why = "its point is still not known to be absent"
 	}
 	detail := fmt.Sprintf("the entry is %s after %d attempts and %s", row.State, row.Attempts, why)
 	if row.LastError != "" {
@@ -106,7 +109,7 @@ func (j judge) stuck(row *corpus.LedgerRow) []verdict {
 func (j judge) present(row *corpus.LedgerRow, pt *corpus.PointState) []verdict {
 	if row.State == corpus.EntryDead || row.State == corpus.EntryNone && row.Died {
 		if row.Scheduled {
-			return nil // its deletion is queued and not overdue: ordinary work
+			return j.stuck(row) // its deletion is queued: ordinary work, however long the queue
 		}
 		if pt.HasOwner && pt.Payload.Owner == j.owner && j.facts.Evidence(pt.Payload.Gen) {
 			return []verdict{j.rolledBack(pt)}

@@ -64,6 +64,7 @@ func TestLook(t *testing.T) {
 		{"another's gen means nothing", func(s *sides) { s.row = nil; s.pt.Payload.Owner = them; s.pt.Payload.Gen = 999 }, []corpus.FindingKind{corpus.Foreign}, corpus.RepairDelete},
 		{"dead and present", func(s *sides) { s.row.State = corpus.EntryDead }, []corpus.FindingKind{corpus.Orphan}, corpus.RepairDelete},
 		{"dead, its deletion on the way", func(s *sides) { s.row.State = corpus.EntryDead; s.row.Scheduled = true }, nil, 0},
+		{"dead, its deletion given up on", func(s *sides) { s.row.State = corpus.EntryDead; s.row.Scheduled = true; s.row.Stuck = true }, []corpus.FindingKind{corpus.Stuck}, corpus.RepairRearm},
 		{"dead and absent", func(s *sides) { s.row.State = corpus.EntryDead; s.pt = nil }, nil, 0},
 		{"resurrected", func(s *sides) { s.row.State = corpus.EntryDead; s.row.Absent = true }, []corpus.FindingKind{corpus.Orphan}, corpus.RepairDelete},
 		{"older metadata", func(s *sides) { s.pt.Payload.MetaVersion = 5 }, []corpus.FindingKind{corpus.StalePayload}, corpus.RepairMetadata},

@@ -43,6 +43,11 @@ func TestMissingFirstDeletesLast(t *testing.T) {
 		if len(pts) != len(live) {
 			t.Errorf("a delete while %d points are still missing", len(live)-len(pts))
 		}
+		var early int
+		w.must(w.db.QueryRow(w.ctx(), `SELECT count(*) FROM reconcile_ranges WHERE stage < $1`, int(corpus.StageDelete)).Scan(&early))
+		if early != 0 {
+			t.Errorf("a delete while %d ranges are not repaired yet", early)
+		}
 		var dead int
 		w.must(w.db.QueryRow(w.ctx(), `SELECT count(*) FROM chunks c JOIN index_entries e ON e.chunk_id = c.id
 			WHERE c.id = ANY ($1) AND c.died_version IS NOT NULL AND e.state = 'dead'`, ids).Scan(&dead))

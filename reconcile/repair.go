@@ -80,7 +80,14 @@ func (w *work) readBack(ctx context.Context, sc *scope, batch []corpus.Finding, 
 	}
 	settled := func(id corpus.ID) bool {
 		row := rows[id]
-		return row == nil || row.State == corpus.EntryDead || row.Died || row.State == corpus.EntryIndexed && row.MetaVersion == row.WantMeta
+		switch {
+		case row == nil:
+			return true
+		case row.State == corpus.EntryDead:
+			return row.Absent
+		default:
+			return row.Died || row.State == corpus.EntryIndexed && row.MetaVersion == row.WantMeta
+		}
 	}
 	keep := func(all []corpus.ID) (out []corpus.ID) {
 		for _, id := range all {
@@ -104,7 +111,7 @@ func (w *work) readBack(ctx context.Context, sc *scope, batch []corpus.Finding, 
 	for _, f := range batch {
 		row := rows[f.ID]
 		switch {
-		case row == nil || row.State == corpus.EntryDead || row.Died:
+		case row == nil || row.State != corpus.EntryDead && row.Died || row.State == corpus.EntryDead && f.Kind != corpus.Stuck:
 			good, goodWhy = append(good, f), append(goodWhy, "the chunk was dropped meanwhile")
 		case row.State == corpus.EntryFailed:
 			bad, badWhy = append(bad, f), append(badWhy, "repair failed: "+orUnknown(row.LastError))
@@ -421,6 +428,8 @@ func (w *work) bury(ctx context.Context, sc *scope, batch []corpus.Finding) erro
 		switch fate {
 		case corpus.OrphanRolledBack:
 			return w.stop(ctx, sc.target, facts.Adopted, fmt.Sprintf("point %s carries a number that this Postgres never handed out", claims[i].ID))
+		case corpus.OrphanElsewhere:
+			bad, badWhy = append(bad, claimed[i]), append(badWhy, "nothing was deleted: the id is live in another collection, so this Qdrant collection may be an alias or a copy of that one's")
 		case corpus.OrphanAlive:
 			good, goodWhy = append(good, claimed[i]), append(goodWhy, "the id became live meanwhile; nothing was deleted")
 		case corpus.OrphanDead:

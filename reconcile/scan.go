@@ -14,6 +14,12 @@ import (
 // maxRanges bounds how finely a run is split: enough for any number of instances.
 const maxRanges = 4096
 
+// gapsAtOnce bounds one filter; maxGen is above every gen (2^53, where floats end).
+const (
+	gapsAtOnce = 64
+	maxGen     = 1 << 53
+)
+
 // maxEvidence is how many points of a lost history one run lists.
 const maxEvidence = 1000
 
@@ -122,13 +128,16 @@ func (w *work) lostIndex(ctx context.Context, sc *scope) error {
 	if err := w.ledger.AddFindings(ctx, w.spec.ID, sc.ix, []corpus.Finding{f}); err != nil || !w.spec.Repair {
 		return err
 	}
-	fresh, err := w.ledger.RebuildIndex(ctx, sc.ix)
+	// Recorded first: a run that dies in between finds the index lost again and goes on.
+	err := w.ledger.SetFindings(ctx, w.spec.ID, sc.ix.ID, []corpus.Finding{f}, stateRepairing, []string{"it is built again under a new name"})
 	if err != nil {
+		return err
+	}
+	if _, err := w.ledger.RebuildIndex(ctx, sc.ix); err != nil && corpus.KindOf(err) != corpus.Conflict {
 		return fmt.Errorf("rebuilding a lost index: %w", err)
 	}
 	w.cfg.Wake()
-	return w.ledger.SetFindings(ctx, w.spec.ID, sc.ix.ID, []corpus.Finding{f}, "repairing",
-		[]string{"it is being built again as " + fresh.QdrantName})
+	return nil
 }
 
 // checkHistory looks for signs that the ledger lost part of its history: a stamp that it never
@@ -159,12 +168,24 @@ func (w *work) checkHistory(ctx context.Context, t *target, sc *scope) error {
 		}
 	}
 	var pts []corpus.PointState
-	err = w.pace.retry(ctx, func() (err error) {
-		pts, err = w.index.FindGenAbove(ctx, sc.ix, before.LastGen, before.Gaps, maxEvidence)
-		return err
-	})
-	if err != nil || len(pts) == 0 {
-		return err
+	for gen, gaps := before.LastGen, before.Gaps; ; {
+		// Every restart of Postgres leaves a gap: years of them must not make one filter.
+		n := min(len(gaps), gapsAtOnce)
+		err := w.pace.retry(ctx, func() error {
+			found, err := w.index.FindGenAbove(ctx, sc.ix, gen, gaps[:n], maxEvidence)
+			pts = append(pts, found...)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		if gaps = gaps[n:]; len(gaps) == 0 || len(pts) >= maxEvidence {
+			break
+		}
+		gen = maxGen // looked for already
+	}
+	if len(pts) == 0 {
+		return nil
 	}
 	// Gens may have been taken since: only facts read after the points decide.
 	facts, err := w.ledger.RollbackFacts(ctx, t.Collection)

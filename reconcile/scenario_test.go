@@ -19,6 +19,7 @@ import (
 	"github.com/lockstep-db/lockstep/internal/corpus"
 	"github.com/lockstep-db/lockstep/reconcile"
 	"github.com/lockstep-db/lockstep/store/postgres/pgtest"
+	"github.com/lockstep-db/lockstep/store/qdrant"
 )
 
 // only fails unless exactly the given kinds were found, that often.
@@ -808,4 +809,66 @@ func (w *world) orphansFrom(r *rand.Rand, n int) (ids []corpus.ID) {
 	}
 	w.must(w.index.InsertPoints(w.ctx(), w.ix(), pts))
 	return ids
+}
+
+// The name of one index becomes an alias of another's Qdrant collection. Every point there is
+// live, for somebody else: nothing is deleted, whether the stamp gives the swap away or not.
+func TestAliasSwapped(t *testing.T) {
+	for _, stamped := range []bool{true, false} {
+		t.Run(fmt.Sprintf("stamped %v", stamped), func(t *testing.T) {
+			w := newWorld(t, func(c *reconcile.Config) { c.SettleTimeout = 100 * time.Millisecond; c.FreeDeletes = 1000 })
+			w.fill(0, 30)
+			other := func(n int) corpus.DocumentInput {
+				return corpus.DocumentInput{ID: fmt.Sprint(n), Chunks: []corpus.ChunkInput{{Text: fmt.Sprintf("other %d", n)}}}
+			}
+			_, err := w.write.Ingest(w.ctx(), corpus.IngestRequest{Collection: "other", Wait: true, Documents: []corpus.DocumentInput{other(1), other(2), other(3)}})
+			w.must(err)
+			if stamped {
+				w.renewStamps()
+			}
+			w.settled()
+			w.stopIngest()
+			before := w.points()
+			_, theirs, err := w.store.ResolveCollection(w.ctx(), "other")
+			w.must(err)
+			if stamped {
+				w.eventually("the other's stamp", func() bool { _, ok, err := w.index.ReadStamp(w.ctx(), theirs); return err == nil && ok })
+			}
+			w.must(w.raw.DeleteCollection(w.ctx(), theirs.QdrantName))
+			w.must(w.raw.CreateAlias(w.ctx(), theirs.QdrantName, w.ix().QdrantName))
+			rep, found := w.run(corpus.ReconcileRequest{Collection: "other", Repair: true, Force: true})
+			if remaining(found) == 0 {
+				t.Errorf("%s: nothing was found", rep.State)
+			}
+			if stamped && !slices.ContainsFunc(found, func(f corpus.Finding) bool { return strings.Contains(f.Detail, "alias") }) {
+				t.Errorf("the report does not say alias: %+v", found[0])
+			}
+			after := w.points()
+			sameExcept(t, before, after, nil)
+			w.startIngest()
+		})
+	}
+}
+
+// A server whose strict mode refuses exact counts and bounds pages is read in its own way.
+func TestStrictMode(t *testing.T) {
+	w := newWorld(t)
+	live := w.fill(0, 150)
+	w.must(w.raw.UpdateCollection(w.ctx(), &qc.UpdateCollection{CollectionName: w.ix().QdrantName, StrictModeConfig: &qc.StrictModeConfig{
+		Enabled: qc.PtrOf(true), SearchAllowExact: qc.PtrOf(false), MaxQueryLimit: qc.PtrOf(uint32(20)),
+	}}))
+	fresh, err := qdrant.Open(w.ctx(), qdrant.Config{URL: "http://" + w.addr})
+	w.must(err)
+	t.Cleanup(func() { _ = fresh.Close() })
+	fresh.SetOwner(w.owner)
+	s := reconcile.New(w.cfg, w.store, fresh, logger(), prometheus.NewRegistry())
+	t.Cleanup(s.Close)
+	w.must(w.index.DeletePoints(w.ctx(), w.ix(), live[:2]))
+	for _, depth := range []corpus.Depth{corpus.Quick, corpus.Full, corpus.Deep} {
+		rep, found := w.runOn(s, corpus.ReconcileRequest{Collection: name, Depth: depth})
+		only(t, found, map[corpus.FindingKind]int{corpus.Missing: 2})
+		if rep.State != corpus.RunDone {
+			t.Errorf("%s: %s %s", depth, rep.State, rep.Error)
+		}
+	}
 }

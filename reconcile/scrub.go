@@ -59,28 +59,34 @@ const hintBatch = 1000
 // checks, and reads a rotating slice of every collection. It blocks; run it once an instance.
 // It returns nil when ctx ends: failures are logged and tried again.
 func (s *Service) Scrub(ctx context.Context) error {
-	var hinted, forgot time.Time
 	pace := newPacer(s.clock, s.cfg.Scrub.PointsPerSecond, s.cfg.Scrub.Share, s.metrics.throttled.Inc)
-	for {
-		now := s.clock.Now()
-		s.try(ctx, "renewing stamps", s.renewStamps)
-		s.try(ctx, "helping with runs", func(ctx context.Context) error { return s.helpRuns(ctx, pace) })
-		if now.Sub(hinted) >= s.cfg.Scrub.HintEvery {
-			hinted = now
-			s.try(ctx, "following hints", func(ctx context.Context) error { return s.followHints(ctx, pace) })
-		}
-		if !s.cfg.Scrub.Off {
-			s.try(ctx, "scrubbing", func(ctx context.Context) error { return s.scrubDue(ctx, pace) })
-		}
-		if now.Sub(forgot) >= time.Hour {
-			forgot = now
-			s.try(ctx, "forgetting old runs", s.ledger.ForgetRuns)
+	var loops sync.WaitGroup
+	// Each duty has a loop of its own, so that a long slice holds up neither stamps nor hints.
+	for _, duty := range []struct {
+		what  string
+		every time.Duration
+		do    func(context.Context) error
+	}{
+		{"renewing stamps", s.cfg.Scrub.Tick, s.renewStamps},
+		{"helping with runs", s.cfg.Scrub.Tick, func(ctx context.Context) error { return s.helpRuns(ctx, pace) }},
+		{"following hints", s.cfg.Scrub.HintEvery, func(ctx context.Context) error { return s.followHints(ctx, pace) }},
+		{"scrubbing", s.cfg.Scrub.Tick, func(ctx context.Context) error { return s.scrubDue(ctx, pace) }},
+		{"forgetting old runs", time.Hour, func(ctx context.Context) error {
 			s.refreshGauges(ctx)
-		}
-		if err := s.clock.Sleep(ctx, s.cfg.Scrub.Tick); err != nil {
-			return nil
-		}
+			return s.ledger.ForgetRuns(ctx)
+		}},
+	} {
+		loops.Go(func() {
+			for {
+				s.try(ctx, duty.what, duty.do)
+				if s.clock.Sleep(ctx, duty.every) != nil {
+					return
+				}
+			}
+		})
 	}
+	loops.Wait()
+	return nil
 }
 
 // try runs one duty of the loop. A failure is logged once here, and the loop goes on.
@@ -101,6 +107,9 @@ func (s *Service) try(ctx context.Context, what string, f func(context.Context) 
 // scrubDue runs the checks that are due and that no other instance took.
 func (s *Service) scrubDue(ctx context.Context, pace *pacer) error {
 	c := s.cfg.Scrub
+	if c.Off {
+		return nil
+	}
 	quick, slice, err := s.ledger.DueScrubs(ctx, c.QuickEvery, c.FullWithin/sliceCount, sliceCount)
 	if err != nil {
 		return err

@@ -64,10 +64,10 @@ type LedgerRow struct {
 	Version int64
 	// ExternalID of the document, where one is known.
 	ExternalID string
-	// Scheduled: the entry is dead and its deletion is queued and not overdue.
+	// Scheduled: the entry is dead and its deletion is queued.
 	Scheduled bool
-	// Stuck is set when the entry is failed, or was leased, is unsettled and its lease ran
-	// out a while ago without anybody claiming it again.
+	// Stuck is set when the entry is failed; or was leased, is unsettled and its lease ran out
+	// a while ago without anybody claiming it again; or is dead after many attempts to delete.
 	Stuck bool
 	// Absent is set on a dead entry whose point was read absent.
 	Absent bool
@@ -155,6 +155,9 @@ const (
 	OrphanAlive OrphanFate = iota
 	// OrphanDead: the ledger declares the id dead; its point may be deleted.
 	OrphanDead
+	// OrphanElsewhere: the id is live in another collection; nothing may be deleted, because
+	// the Qdrant collection may be that one's under another name.
+	OrphanElsewhere
 	// OrphanRolledBack: its gen is evidence of a rollback; nothing may be deleted.
 	OrphanRolledBack
 )

@@ -190,10 +190,10 @@ func (b *decided) write(ctx context.Context, tx pgx.Tx, run corpus.ID, ix corpus
 	if len(b.rearm) > 0 {
 		// A failed entry may have reached the index: only a read-back tells.
 		batch.Queue(`UPDATE index_entries SET
-				need = CASE WHEN state = 'indexed' THEN need ELSE 'rewrite' END,
+				need = CASE WHEN state IN ('pending', 'failed') THEN 'rewrite' ELSE need END,
 				state = CASE WHEN state = 'failed' THEN 'pending' ELSE state END,
 				attempts = 0, not_before = now(), lease_token = NULL, lease_until = NULL, last_error = NULL, changed_at = now()
-			WHERE index_id = $1 AND chunk_id = ANY ($2::uuid[]) AND state IN ('pending', 'indexed', 'failed')`, ix.ID, b.rearm)
+			WHERE index_id = $1 AND chunk_id = ANY ($2::uuid[])`, ix.ID, b.rearm)
 	}
 	if len(b.ids) > 0 {
 		batch.Queue(`INSERT INTO reconcile_findings (run_id, index_id, collection_id, point_id, kind, document, detail, state, seen_at, confirmed_at)
@@ -290,7 +290,7 @@ func enterTombstones(ctx context.Context, tx pgx.Tx, ix corpus.Index, claims []c
 		return nil, err
 	}
 	rows, err := tx.Query(ctx, `
-		SELECT c.id, c.collection_id = $1,
+		SELECT c.id, c.collection_id = $1, e.absent_at IS NULL AND e.state = 'dead',
 		       c.died_version IS NOT NULL AND (d.id IS NULL OR d.deleted_at IS NOT NULL OR d.serving_version IS NULL OR d.serving_version >= c.died_version)
 		       AND coalesce(e.state, 'dead') = 'dead'
 		FROM chunks c
@@ -300,14 +300,20 @@ func enterTombstones(ctx context.Context, tx pgx.Tx, ix corpus.Index, claims []c
 	if err != nil {
 		return nil, err
 	}
-	// A chunk of another collection has no business in this index, whatever its state there:
-	// its id is derived from that collection's, so it can never become live here. It gets no
-	// entry, because an entry would later be purged together with the other collection's row.
-	type standing struct{ here, dead bool }
+	// A chunk of another collection has no business in this index. If it is dead there, it may
+	// be deleted here; it gets no entry, which would later be purged together with that
+	// collection's row. If it is live there, this Qdrant collection may be that one's under
+	// another name, and a delete would hit what serves.
+	type standing struct{ here, queued, dead bool }
 	found := make(map[corpus.ID]standing, len(ids))
 	var id corpus.ID
 	var st standing
-	if _, err := pgx.ForEachRow(rows, []any{&id, &st.here, &st.dead}, func() error { found[id] = st; return nil }); err != nil {
+	var queued *bool
+	if _, err := pgx.ForEachRow(rows, []any{&id, &st.here, &queued, &st.dead}, func() error {
+		st.queued = queued != nil && *queued
+		found[id] = st
+		return nil
+	}); err != nil {
 		return nil, err
 	}
 	var dead []corpus.ID
@@ -317,11 +323,16 @@ func enterTombstones(ctx context.Context, tx pgx.Tx, ix corpus.Index, claims []c
 		case st.here && !st.dead:
 			fates[i] = corpus.OrphanAlive
 			continue
+		case !st.dead:
+			fates[i] = corpus.OrphanElsewhere
+			continue
 		case st.here:
 			dead = append(dead, c.ID)
 		}
 		fates[i] = corpus.OrphanDead
-		n++
+		if !st.queued { // what is queued was counted, or was the clients' own delete
+			n++
+		}
 	}
 	if n == 0 {
 		return fates, nil

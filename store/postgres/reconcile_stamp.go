@@ -44,10 +44,13 @@ func (s *Store) StampFits(ctx context.Context, ix corpus.Index, st corpus.Stamp)
 	var owner corpus.ID
 	var known bool
 	var oldest *time.Time
+	var other string
 	err := s.pool.QueryRow(ctx, `SELECT (SELECT id FROM installation),
 			EXISTS (SELECT 1 FROM index_stamps WHERE index_id = $1 AND nonce = $2)
 			OR EXISTS (SELECT 1 FROM indexes WHERE id = $1 AND $2 IN (nonce, previous_nonce)),
-			(SELECT min(issued_at) FROM index_stamps WHERE index_id = $1)`, ix.ID, st.Nonce).Scan(&owner, &known, &oldest)
+			(SELECT min(issued_at) FROM index_stamps WHERE index_id = $1),
+			coalesce((SELECT i.qdrant_name FROM index_stamps s JOIN indexes i ON i.id = s.index_id WHERE s.nonce = $2 AND s.index_id <> $1 LIMIT 1), '')`, ix.ID, st.Nonce).
+		Scan(&owner, &known, &oldest, &other)
 	switch {
 	case err != nil:
 		return "", wrap("checking a stamp", err)
@@ -55,6 +58,8 @@ func (s *Store) StampFits(ctx context.Context, ix corpus.Index, st corpus.Stamp)
 		return "the index is stamped by installation " + st.Installation.String() + "; this ledger is " + owner.String(), nil
 	case known:
 		return "", nil
+	case other != "":
+		return "the Qdrant collection " + ix.QdrantName + " carries the stamp of " + other + ": it is an alias or a copy of it", nil
 	case oldest == nil:
 		return "the index carries a stamp (" + st.At.UTC().Format(time.RFC3339) + ") and this ledger never issued one: it was restored from a time before, or is another one", nil
 	case st.At.Before(*oldest):

@@ -164,7 +164,7 @@ const readRows = `
 	       c.died_version IS NOT NULL AND (d.id IS NULL OR d.deleted_at IS NOT NULL OR d.serving_version IS NULL OR d.serving_version >= c.died_version),
 	       coalesce(e.state, ''), coalesce(e.meta_version, 0), coalesce(e.want_meta, 0), coalesce(e.xmin::text::bigint, 0),
 	       coalesce(d.external_id, ''),
-	       coalesce(e.state = 'dead' AND e.absent_at IS NULL AND (e.not_before > now() OR e.lease_until > now() OR e.changed_at > now() - make_interval(secs => $4)), false),
+	       coalesce(e.state = 'dead' AND e.absent_at IS NULL, false),
 	       coalesce(` + stuckEntry + `, false),
 	       coalesce(e.state = 'dead' AND e.absent_at IS NOT NULL, false),
 	       coalesce(e.attempts, 0), coalesce(e.last_error, '')
@@ -174,9 +174,11 @@ const readRows = `
 	WHERE c.collection_id = $1 AND c.id = ANY ($3::uuid[])`
 
 // stuckEntry holds for entries nobody works on although they need it: given up, or unsettled
-// with a lease that ran out a while ago.
-const stuckEntry = `(e.state = 'failed' OR (e.state = 'pending' OR e.state = 'indexed' AND e.meta_version <> e.want_meta)
-	AND e.lease_until < now() - make_interval(secs => $4))`
+// with a lease that ran out a while ago, or dead after more tries than a passing trouble takes.
+// Work that was never leased waits for its turn, however long the queue.
+const stuckEntry = `(e.state = 'failed'
+	OR (e.state = 'pending' OR e.state = 'indexed' AND e.meta_version <> e.want_meta) AND e.lease_until < now() - make_interval(secs => $4)
+	OR e.state = 'dead' AND e.absent_at IS NULL AND (e.lease_until < now() - make_interval(secs => $4) OR e.attempts >= 10))`
 
 // ReadRows returns what the ledger says about those of ids that it knows in the index's
 // collection, in any order. overdue is how long work may lie before it counts as stuck.
@@ -211,7 +213,7 @@ func (s *Store) readRows(ctx context.Context, q querier, ix corpus.Index, ids []
 }
 
 // StuckEntries calls each with batches of at most a thousand ids between lo and hi whose
-// entries are failed, or unsettled past their lease by more than overdue. each must not use
+// entries are stuck (see [corpus.LedgerRow]). each must not use
 // the store's connection for long: the read stays open meanwhile.
 func (s *Store) StuckEntries(ctx context.Context, ix corpus.Index, lo, hi corpus.ID, overdue time.Duration, each func([]corpus.ID) error) error {
 	rows, err := s.pool.Query(ctx, `
@@ -220,7 +222,11 @@ func (s *Store) StuckEntries(ctx context.Context, ix corpus.Index, lo, hi corpus
 		SELECT chunk_id FROM index_entries e
 		WHERE index_id = $1 AND chunk_id >= $2 AND chunk_id <= $3
 		  AND (state = 'pending' OR (state = 'indexed' AND meta_version <> want_meta))
-		  AND lease_until < now() - make_interval(secs => $4)`, ix.ID, lo, hi, overdue.Seconds())
+		  AND lease_until < now() - make_interval(secs => $4)
+		UNION ALL
+		SELECT chunk_id FROM index_entries e
+		WHERE index_id = $1 AND chunk_id >= $2 AND chunk_id <= $3 AND state = 'dead' AND absent_at IS NULL
+		  AND (lease_until < now() - make_interval(secs => $4) OR attempts >= 10)`, ix.ID, lo, hi, overdue.Seconds())
 	if err != nil {
 		return wrap("looking for stuck entries", err)
 	}
