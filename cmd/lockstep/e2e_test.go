@@ -423,7 +423,8 @@ func TestKillUnderLoad(t *testing.T) {
 		}
 	}
 	report := in.must(http.StatusAccepted, http.MethodPost, "/admin/reconcile", map[string]any{"depth": "deep", "repair": true})
-	in.waitRun(report["run_id"].(string))
+	repaired, _ := json.Marshal(in.waitRun(report["run_id"].(string))["collections"])
+	t.Logf("the repairing run: %s", repaired)
 	second := in.must(http.StatusAccepted, http.MethodPost, "/admin/reconcile", map[string]any{"depth": "deep"})
 	run := in.waitRun(second["run_id"].(string))
 	for _, c := range run["collections"].([]any) {
