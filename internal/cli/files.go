@@ -60,8 +60,9 @@ type job struct {
 }
 
 // plan lists the files of the operands, folders entered in order of name. A file that was
-// named is taken whatever its ending says; inside folders, only known endings are, and
-// hidden ones are left out. A folder's files are named relative to the folder.
+// named is taken whatever its ending says (as text, if it says nothing); inside folders, only
+// known endings are, unless the format was given, and hidden files are left out. A folder's
+// files are named relative to the folder.
 func (s *source) plan(operands []string) (jobs []job, faults []fileFault) {
 	for _, op := range operands {
 		if op == "-" {
@@ -123,12 +124,13 @@ func (s *source) plan(operands []string) (jobs []job, faults []fileFault) {
 	return jobs, faults
 }
 
+// formatOf says how a file is read: as the caller says, else by its ending.
 func (s *source) formatOf(path string) (format string, known bool) {
-	f, known := formats[strings.ToLower(filepath.Ext(path))]
 	if s.format != "auto" {
-		return s.format, known || s.format != "jsonl"
+		return s.format, true
 	}
-	return f, known
+	format, known = formats[strings.ToLower(filepath.Ext(path))]
+	return format, known
 }
 
 func pathCause(err error) error {

@@ -80,6 +80,29 @@ func TestIngestStdin(t *testing.T) {
 	}
 }
 
+func TestIngestFormatIsTheCallers(t *testing.T) {
+	t.Parallel()
+	s := newServer(t)
+	dir := t.TempDir()
+	odd := write(t, dir, "docs.data", jsonl(4))
+	w := newWorld(s.URL, "--format", "jsonl", odd)
+	if code := Ingest(t.Context(), w.Env); code != ExitOK || len(s.docs) != 4 {
+		t.Errorf("exit %d, %d documents: %s", code, len(s.docs), w.err.String())
+	}
+	w = newWorld(s.URL, odd)
+	if code := Ingest(t.Context(), w.Env); code != ExitOK || len(s.docs) != 5 {
+		t.Errorf("an unknown ending is text: exit %d, %d documents", code, len(s.docs))
+	}
+	w = newWorld(s.URL, dir)
+	if code := Ingest(t.Context(), w.Env); code != ExitOK || !strings.Contains(w.out.String(), "nothing to send") {
+		t.Errorf("in a folder it is left out: exit %d %s", code, w.out.String())
+	}
+	w = newWorld(s.URL, "--format", "text", dir)
+	if code := Ingest(t.Context(), w.Env); code != ExitOK || s.docs["docs.data"] == nil {
+		t.Errorf("unless the format was given: exit %d", code)
+	}
+}
+
 func TestIngestReportsWhatFails(t *testing.T) {
 	t.Parallel()
 	s := newServer(t)
