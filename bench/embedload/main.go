@@ -11,6 +11,9 @@
 //	go build -o embedload ./bench/embedload
 //	embedload -library libonnxruntime.so -model DIR -cuda -tokens 128 -n 10000 -clients 16
 //
+// With -instant the engine's place is taken by one that answers at once: what tokenizer,
+// batcher and HTTP can carry on this machine, whatever the model.
+//
 // CPU time is printed beside the rates: on a machine that others use, it is the steadier of
 // the two. -server names a running server to measure in place of the child.
 package main
@@ -57,7 +60,7 @@ func main() {
 
 type settings struct {
 	library, model, server           string
-	cuda, serve                      bool
+	cuda, serve, instant             bool
 	threads, runners, budget         int
 	n, rounds, clients, perRequest   int
 	tokens, shortest, longest, query int
@@ -73,6 +76,7 @@ func run(ctx context.Context, args []string) error {
 	fs.StringVar(&s.server, "server", "", "a running server to measure; without it a child process serves")
 	fs.BoolVar(&s.serve, "serve", false, "be that child: serve until standard input ends")
 	fs.BoolVar(&s.cuda, "cuda", false, "run on the GPU")
+	fs.BoolVar(&s.instant, "instant", false, "leave the model out: answer at once")
 	fs.IntVar(&s.threads, "threads", 0, "threads of a batch on the CPU, 0 for all cores")
 	fs.IntVar(&s.runners, "runners", 0, "batches at once; 0 is 1 on a CPU and 2 on a GPU")
 	fs.IntVar(&s.budget, "batch-tokens", 0, "token budget of a batch; 0 is 512 on a CPU and 32,768 on a GPU")
@@ -111,8 +115,24 @@ func run(ctx context.Context, args []string) error {
 	return errors.Join(measure(ctx, e, s), e.Close())
 }
 
+// instant answers without computing.
+type instant struct{ dense []float32 }
+
+// Run returns the same vector for every row.
+func (i instant) Run(rows [][]uint32, _ corpus.Heads) ([]corpus.Vectors, error) {
+	out := make([]corpus.Vectors, len(rows))
+	for k := range out {
+		out[k].Dense = i.dense
+	}
+	return out, nil
+}
+
 func newBatcher(e *onnx.Engine, s settings, log *slog.Logger, reg prometheus.Registerer) *embedder.Batcher {
-	return embedder.New(e.Spec(), e, e, embedder.Config{
+	var run embedder.Runner = e
+	if s.instant {
+		run = instant{make([]float32, e.Spec().Dim)}
+	}
+	return embedder.New(e.Spec(), e, run, embedder.Config{
 		BatchTokens: s.budget, Runners: s.runners, Padded: e.Padded(),
 		// The load is what is measured, not how it is refused.
 		QueueTokens: 1 << 30,
@@ -151,7 +171,7 @@ func child(ctx context.Context, s settings) (address string, stop func() error, 
 	if err != nil {
 		return "", nil, err
 	}
-	cmd := exec.CommandContext(ctx, self, "-serve", "-library", s.library, "-model", s.model, fmt.Sprintf("-cuda=%t", s.cuda),
+	cmd := exec.CommandContext(ctx, self, "-serve", "-library", s.library, "-model", s.model, fmt.Sprintf("-cuda=%t", s.cuda), fmt.Sprintf("-instant=%t", s.instant),
 		"-threads", fmt.Sprint(s.threads), "-runners", fmt.Sprint(s.runners), "-batch-tokens", fmt.Sprint(s.budget))
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
@@ -210,7 +230,7 @@ func measure(ctx context.Context, e *onnx.Engine, s settings) (err error) {
 	for round := range s.rounds + 1 {
 		var base float64
 		for _, k := range kinds {
-			if s.only != "" && s.only != k.name {
+			if s.only != "" && s.only != k.name || s.instant && k.name == "engine" {
 				continue
 			}
 			before, err := k.cpu()
