@@ -25,7 +25,7 @@ const tokenizersLib = "libtokenizers.a"
 // planTokenizers finds the library or plans its build. The folder's name carries a key over
 // everything the library is built from, so a change of any of it builds another.
 func (s *setup) planTokenizers(ctx context.Context) (step, error) {
-	const name = "build " + tokenizersLib + " with cargo (about a minute on two cores)"
+	const name = "build " + tokenizersLib + " with cargo (a minute or two on two cores)"
 	if given := s.getenv("TOKENIZERS_LIB"); given != "" {
 		dir, err := givenTokenizers(given)
 		if err != nil {
