@@ -203,8 +203,17 @@ func (a *acceptor) run(batch []*pendingDoc) {
 	}
 	s.jobs.release(lease.Max - len(work))
 	s.jobs.push(t.Index, work, s.batchSize(t.Index))
-	signal(s.claimNow) // for what was not claimed here, and for other indexes
-	if anyReplaced(got) {
+	// What was not claimed here, and metadata, waits in the ledger; entries of a building index
+	// are found by the next poll.
+	replaced, left := false, chunks > 0 && len(work) == lease.Max
+	for i := range got {
+		replaced = replaced || got[i].Acceptance == corpus.NewVersion && got[i].Version > 1
+		left = left || got[i].Acceptance == corpus.NewMetadata || got[i].Acceptance == corpus.Unchanged
+	}
+	if left {
+		signal(s.claimNow)
+	}
+	if replaced {
 		signal(s.reapNow)
 	}
 }
@@ -212,15 +221,6 @@ func (a *acceptor) run(batch []*pendingDoc) {
 // acceptTimeout bounds one accepting transaction (unmeasured: a thousand documents take some
 // hundred milliseconds).
 const acceptTimeout = 30 * time.Second
-
-func anyReplaced(got []corpus.Accepted) bool {
-	for i := range got {
-		if got[i].Acceptance == corpus.NewVersion && got[i].Version > 1 {
-			return true
-		}
-	}
-	return false
-}
 
 func acceptanceLabel(a corpus.Acceptance) string {
 	switch a {

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/lockstep-db/lockstep/embedder/fake"
 	"github.com/lockstep-db/lockstep/ingest"
@@ -919,6 +921,69 @@ func TestRetryAfterIsHonoured(t *testing.T) {
 	defer mu.Unlock()
 	if len(at) < 2 || at[1].Sub(at[0]) < asked {
 		t.Errorf("requests at %v; the second is to be %v after the first", at, asked)
+	}
+}
+
+// A lease is renewed as long as its work goes on: a slow model does not make the work be done
+// twice.
+func TestALeaseIsRenewedWhileTheModelWorks(t *testing.T) {
+	t.Parallel()
+	const lease = 300 * time.Millisecond
+	b, h := prepared(t, "slow", func(c *ingest.Config) { c.Lease = lease })
+	b.ingest(false, texts("a", "slow text"))
+	await(t, h.reached, "the text is being embedded")
+	<-time.After(3 * lease)
+	h.release()
+	b.settled()
+	var claims int
+	b.one("SELECT max(claims) FROM lockstep.index_entries", nil, &claims)
+	if _, n := b.model.Counts(); n != 1 || claims != 1 {
+		t.Errorf("%d texts were embedded, under %d claims; want 1 and 1", n, claims)
+	}
+}
+
+// Small requests that come together share transactions.
+func TestConcurrentRequestsShareTransactions(t *testing.T) {
+	t.Parallel()
+	reg := prometheus.NewRegistry()
+	b := setup(t, func(c *ingest.Config) { c.Registerer = reg })
+	b.ingest(true, texts("x", "makes the collection"))
+	const n = 200
+	var wg sync.WaitGroup
+	start := make(chan struct{})
+	for i := range n {
+		wg.Go(func() {
+			<-start
+			out, err := b.svc.Ingest(context.Background(), corpus.IngestRequest{Collection: "c", Wait: true, Documents: []corpus.DocumentInput{texts(fmt.Sprint(i), fmt.Sprintf("text %d", i))}})
+			if err != nil || out[0].Status != corpus.StatusIndexed {
+				t.Errorf("%+v, %v", out, err)
+			}
+		})
+	}
+	close(start)
+	wg.Wait()
+	families, err := reg.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		if f.GetName() == "lockstep_ingest_accept_documents" {
+			if got := f.GetMetric()[0].GetHistogram().GetSampleCount(); got > n/2 {
+				t.Errorf("%d requests took %d transactions", n, got)
+			}
+			return
+		}
+	}
+	t.Error("the metric is missing")
+}
+
+func TestMetricsAreWellNamed(t *testing.T) {
+	t.Parallel()
+	reg := prometheus.NewPedanticRegistry()
+	ingest.New(ingest.Config{Embedder: fake.New(4, corpus.Dense), Registerer: reg})
+	problems, err := testutil.GatherAndLint(reg)
+	if err != nil || len(problems) > 0 {
+		t.Errorf("%v, %v", problems, err)
 	}
 }
 

@@ -23,6 +23,9 @@ const (
 	MaxChunks = 10_000
 	// MaxDocumentBytes of texts and brought vectors together.
 	MaxDocumentBytes = 64 << 20
+	// MaxChunkBytes of one chunk's text: some hundred times what the longest input of a model
+	// holds. What exceeds the model's own maximum of tokens is left out of the vector.
+	MaxChunkBytes = 1 << 20
 	// MaxDocuments of one request; callers with more send several, or stream.
 	MaxDocuments = 10_000
 )
@@ -193,6 +196,9 @@ func chunkBytes(c *corpus.ChunkInput) int {
 func checkChunk(t *target, c *corpus.ChunkInput, at string) *corpus.Error {
 	if f := textFault(c.Text); f != "" {
 		return fault("invalid_text", at+"/text", "%s", f)
+	}
+	if len(c.Text) > MaxChunkBytes {
+		return fault("chunk_too_large", at+"/text", "the chunk has %d bytes; at most %d are allowed: send the document as text to have it cut", len(c.Text), MaxChunkBytes)
 	}
 	v := c.Vectors
 	if v == nil {

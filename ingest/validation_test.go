@@ -49,6 +49,7 @@ func TestBadDocumentsFailAloneAndLeaveNothing(t *testing.T) {
 		{"no chunks", "c", corpus.DocumentInput{ID: "bad", Chunks: []corpus.ChunkInput{}}, "no_chunks", "/chunks"},
 		{"too many chunks", "c", corpus.DocumentInput{ID: "bad", Chunks: make([]corpus.ChunkInput, 10_001)}, "too_many_chunks", "/chunks"},
 		{"empty chunk", "c", corpus.DocumentInput{ID: "bad", Chunks: []corpus.ChunkInput{{Text: "a"}, {}}}, "empty_text", "/chunks/1/text"},
+		{"huge chunk", "c", corpus.DocumentInput{ID: "bad", Chunks: []corpus.ChunkInput{{Text: strings.Repeat("x", 1<<20+1)}}}, "chunk_too_large", "/chunks/0/text"},
 		{"chunk with NUL", "c", corpus.DocumentInput{ID: "bad", Chunks: []corpus.ChunkInput{{Text: "\x00"}}}, "invalid_text", "/chunks/0/text"},
 		{"metadata too large", "c", corpus.DocumentInput{ID: "bad", Text: "x", Metadata: corpus.Metadata{"k": strings.Repeat("x", 70_000)}}, "metadata_too_large", "/metadata"},
 		{"text without a model", "ext", corpus.DocumentInput{ID: "bad", Text: "x"}, "vectors_required", "/chunks"},
