@@ -130,7 +130,7 @@ func refuseNullElements(body []byte) error {
 	for {
 		tok, err := dec.ReadToken()
 		if err != nil {
-			return nil // the end; anything else was found when the body was decoded
+			return nil //nolint:nilerr // the end; anything else was found when the body was decoded
 		}
 		if tok.Kind() != jsontext.KindNull {
 			continue
@@ -280,7 +280,7 @@ func refuseNUL(body []byte) error {
 	for {
 		tok, err := dec.ReadToken()
 		if err != nil {
-			return nil // the end; anything else was found when the body was decoded
+			return nil //nolint:nilerr // the end; anything else was found when the body was decoded
 		}
 		if tok.Kind() == jsontext.KindString && strings.ContainsRune(tok.String(), 0) {
 			return invalidField(string(dec.StackPointer()), "invalid_text", "text must not contain U+0000")

@@ -35,8 +35,8 @@ type ledger struct {
 	// fail is asked before each call; a document's own error comes from failDoc.
 	fail    func(op string) error
 	failDoc func(id string) *corpus.Error
-	// gate, when set, is received from before each Ingest answers.
-	gate chan struct{}
+	// gate, when set, is received from before each Ingest answers; entered is sent to before.
+	gate, entered chan struct{}
 }
 
 func newLedger() *ledger {
@@ -55,6 +55,9 @@ func testID(n byte) corpus.ID { return corpus.ID{15: n} }
 func (l *ledger) Ingest(ctx context.Context, req corpus.IngestRequest) ([]corpus.DocumentResult, error) {
 	if err := l.check("ingest"); err != nil {
 		return nil, err
+	}
+	if l.entered != nil {
+		l.entered <- struct{}{}
 	}
 	if l.gate != nil {
 		select {

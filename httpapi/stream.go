@@ -308,7 +308,7 @@ func (st *stream) cutLines(ctx context.Context, r *bufio.Reader) error {
 			}
 		}
 		if err != nil {
-			return nil
+			return nil //nolint:nilerr // the end of the body; other errors returned above
 		}
 	}
 }

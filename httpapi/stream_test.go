@@ -119,7 +119,7 @@ func TestStreamIsInterleaved(t *testing.T) {
 		}
 		fmt.Fprintf(pw, "{\"id\":\"%d\",\"text\":\"x\"}\n", i+1)
 	}
-	pw.Close()
+	_ = pw.Close()
 	if !sc.Scan() || sc.Scan() || sc.Err() != nil {
 		t.Errorf("the stream did not end well: %v", sc.Err())
 	}
@@ -239,7 +239,7 @@ func TestStreamErrorsBeforeAndAfterTheFirstAnswer(t *testing.T) {
 	if sc.Scan() || sc.Err() != nil {
 		t.Errorf("the stream should end cleanly after the error: %v", sc.Err())
 	}
-	pw.Close()
+	_ = pw.Close()
 	// Now every call fails: an ordinary error reply.
 	b.want(b.do("POST", "/documents", `{"id":"0","text":"x"}`, "Content-Type", ndjson), 409, "collection_stopped", "")
 	b.want(b.do("POST", "/documents", "\n\n", "Content-Type", ndjson), 400, "empty_input", "")

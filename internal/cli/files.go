@@ -107,7 +107,11 @@ func (s *source) plan(operands []string) (jobs []job, faults []fileFault) {
 				return nil
 			}
 			info, err := os.Stat(path) // follows a link to a file
-			if err != nil || !info.Mode().IsRegular() {
+			if err != nil {
+				faults = append(faults, fileFault{path, pathCause(err)})
+				return nil
+			}
+			if !info.Mode().IsRegular() {
 				return nil
 			}
 			rel, err := filepath.Rel(op, path)
@@ -143,7 +147,7 @@ func pathCause(err error) error {
 
 // read sends the documents of one job to out. It returns what failed; only ctx's end stops it.
 func (s *source) read(ctx context.Context, j job, out chan<- item, fault func(fileFault)) error {
-	var r io.Reader = s.stdin
+	r := s.stdin
 	if j.path != "-" {
 		f, err := os.Open(j.path)
 		if err != nil {
@@ -254,7 +258,7 @@ func (s *source) readLines(ctx context.Context, j job, r io.Reader, out chan<- i
 			}
 		}
 		if err != nil {
-			return nil
+			return nil //nolint:nilerr // the end of the file; other errors were reported above
 		}
 	}
 }

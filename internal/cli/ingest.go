@@ -381,7 +381,7 @@ func (in *ingestion) tally(it item, r *resultLine) {
 	n := in.sum.Documents
 	in.mu.Unlock()
 	if r.Status == "failed" {
-		err := error(errors.New("refused"))
+		var err error = &APIError{Detail: "refused"}
 		if r.Error != nil {
 			err = r.Error
 		}

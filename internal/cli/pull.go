@@ -130,13 +130,14 @@ type hubFile struct {
 }
 
 type pull struct {
-	e                         *Env
-	base                      *url.URL
-	http                      *http.Client
-	repo, revision, token     string
-	dir                       string
-	bar                       *progress
-	total, before, downloaded int64
+	e                     *Env
+	base                  *url.URL
+	http                  *http.Client
+	repo, revision, token string
+	dir                   string
+	bar                   *progress
+	// total of the wanted files, and of those that are there.
+	total, before int64
 }
 
 // maxListing bounds the hub's description of a repository.

@@ -270,7 +270,9 @@ func TestRemoteReconcile(t *testing.T) {
 		case strings.HasPrefix(r.URL.Path, "/admin/explain"):
 			_, _ = w.Write([]byte(`{"query":"kb/42","chunks":[],"verdict":"healthy"}`))
 		default:
-			_ = json.NewEncoder(w).Encode(report(corpus.RunDone, true, corpus.Consistent, nil, nil))
+			if err := json.NewEncoder(w).Encode(report(corpus.RunDone, true, corpus.Consistent, nil, nil)); err != nil {
+				t.Error(err)
+			}
 		}
 		return true
 	}
