@@ -73,6 +73,8 @@ type App struct {
 	ln     net.Listener
 	warm   func(ctx context.Context) error
 	stops  []func(ctx context.Context) error
+	// batchTokens is the token budget of a batch, for /info; 0 with an embedder from outside.
+	batchTokens int
 }
 
 // stopTimeout bounds each room's stop. The embedded Postgres writes a checkpoint, which took
@@ -228,7 +230,7 @@ func (a *App) openRooms(ctx context.Context, emb Embedder, reg *prometheus.Regis
 		Keys: keys, RatePerKey: cfg.HTTP.RatePerKey, RateBurst: cfg.HTTP.RateBurst,
 		MaxBodyBytes: int64(cfg.HTTP.MaxBody), MaxLineBytes: int(cfg.HTTP.MaxLine), MaxRequests: cfg.HTTP.MaxRequests,
 		Timeout: cfg.HTTP.Timeout, IngestTimeout: cfg.HTTP.IngestTimeout, StreamIdle: cfg.HTTP.StreamIdle,
-		Version: version, DefaultCollection: cfg.Collection,
+		Version: version, DefaultCollection: cfg.Collection, MaxBatchTokens: a.batchTokens,
 	}, httpapi.Deps{
 		Ingester: a.ingest, Searcher: searcher, Embedder: emb, Reconciler: a.recon,
 		Health: a.health, Registry: reg, Logger: log,

@@ -176,6 +176,7 @@ func (a *App) openModel(ctx context.Context, reg prometheus.Registerer, log *slo
 			ec.BatchTokens = gpuBatchTokens
 		}
 	}
+	a.batchTokens = ec.BatchTokens
 	if ec.Runners == 0 && dev.cuda {
 		ec.Runners = 2 // two host threads on one session gave 2 to 4 % more on an H100
 	}
