@@ -11,7 +11,10 @@ import (
 	"github.com/lockstep-db/lockstep/internal/corpus"
 )
 
-var matrixSeed = flag.Uint64("reconcile.seed", 0, "seed of the damage matrix; 0 draws one")
+var (
+	matrixSeed = flag.Uint64("reconcile.seed", 0, "seed of the damage matrix; 0 draws one")
+	matrixSize = flag.Int("reconcile.points", 1000, "points of the collection that mixtures of damage are tried on")
+)
 
 // damage is one way to spoil one point.
 type damage struct {
@@ -276,8 +279,8 @@ func TestDamageMatrix(t *testing.T) {
 	}
 	t.Run("mixtures", func(t *testing.T) {
 		w := newWorld(t)
-		const size, rounds, most = 1000, 4, 60
-		live := w.fill(0, size)
+		const rounds, most = 4, 60
+		live := w.fill(0, *matrixSize)
 		dead := w.tombs(rounds * most)
 		for round := range rounds {
 			t.Run(fmt.Sprint(round), func(t *testing.T) {
