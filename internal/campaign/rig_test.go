@@ -242,7 +242,7 @@ func newHost(t testing.TB, index, dsn string, owner corpus.ID, clock *faults.Clo
 	if h.store, err = postgres.Open(ctx, postgres.Config{URL: through, MaxConns: 8}, log); err != nil {
 		t.Fatal(err)
 	}
-	if h.index, err = qdrant.Open(ctx, qdrant.Config{URL: h.ix.URL(), Timeout: 2 * time.Second}); err != nil {
+	if h.index, err = qdrant.Open(ctx, qdrant.Config{URL: h.ix.URL(), Timeout: 20 * time.Second}); err != nil {
 		t.Fatal(err)
 	}
 	h.index.SetOwner(owner)

@@ -11,6 +11,7 @@ import (
 	qc "github.com/qdrant/go-client/qdrant"
 
 	"github.com/lockstep-db/lockstep/internal/corpus"
+	"github.com/lockstep-db/lockstep/internal/faults"
 	"github.com/lockstep-db/lockstep/store/postgres/pgtest"
 )
 
@@ -215,4 +216,49 @@ func (r *rig) moved(t *testing.T) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.free = nil
+}
+
+// A version is overtaken while its write is under way: its point is read absent, and then the
+// write lands. The worker that sent it sees to its deletion, without a reconcile.
+func TestAWriteThatLandsAfterItsChunkDied(t *testing.T) {
+	h, with := scene(t, "p")
+	r := h.r
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	with(func(i *instance) {
+		i.host.valve.set(faults.NewScript(faults.Rule{Op: "Upsert", Fault: faults.Fault{Kind: faults.Delay}}), nil, false)
+		first, err := i.in.Ingest(ctx, corpus.IngestRequest{Collection: h.name, Documents: []corpus.DocumentInput{input("p", "D", 1)}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i.host.ix.Held() == 0 && ctx.Err() == nil {
+			pause(ctx, time.Millisecond)
+		}
+		h.must(i, "p", "B")
+		confirmed := func() bool {
+			var n int
+			if err := r.pool.QueryRow(ctx, "SELECT count(*) FROM lockstep.index_entries WHERE chunk_id = $1 AND absent_at IS NOT NULL", [16]byte(first[0].PointIDs[0])).Scan(&n); err != nil {
+				t.Fatal(err)
+			}
+			return n > 0
+		}
+		for !confirmed() {
+			pause(ctx, time.Millisecond)
+		}
+		i.host.ix.ReleaseAll()
+		_, ix, err := r.store.ResolveCollection(ctx, h.name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for {
+			points, err := r.index.ReadPoints(ctx, ix, first[0].PointIDs, false)
+			if err != nil {
+				t.Fatalf("the point of a dead chunk stays: %v", err)
+			}
+			if len(points) == 0 && confirmed() {
+				return
+			}
+			pause(ctx, time.Millisecond)
+		}
+	})
 }

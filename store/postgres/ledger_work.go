@@ -3,6 +3,7 @@ package postgres
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -262,7 +263,28 @@ func recordResults(ctx context.Context, tx pgx.Tx, index corpus.ID, results []co
 	if b.Len() == 0 {
 		return nil
 	}
-	return tx.SendBatch(ctx, &b).Close()
+	recorded := 0
+	answers := tx.SendBatch(ctx, &b)
+	for range b.Len() {
+		tag, err := answers.Exec()
+		if err != nil {
+			return errors.Join(err, answers.Close())
+		}
+		recorded += int(tag.RowsAffected())
+	}
+	if err := answers.Close(); err != nil || recorded == len(results) {
+		return err
+	}
+	// Some entry was declared dead while it was worked on. Its point may have been read absent
+	// before the write landed, so it is deleted once more; what was read under a lease that is
+	// taken away here proves nothing.
+	ids := make([]corpus.ID, len(results))
+	for i := range results {
+		ids[i] = results[i].Chunk
+	}
+	_, err := tx.Exec(ctx, `UPDATE index_entries SET absent_at = NULL, not_before = now(), lease_token = NULL, lease_until = NULL, changed_at = now()
+		WHERE index_id = $1 AND chunk_id = ANY ($2::uuid[]) AND state = 'dead'`, index, uuids(ids))
+	return err
 }
 
 // byKey begins a statement on entries of index $1 whose keys come as arrays, the first of them
