@@ -34,8 +34,8 @@ func randomID(r *rand.Rand) corpus.ID {
 }
 
 // pages serves a sorted slice in pages of random size, sometimes empty ones.
-func pages[T any](r *rand.Rand, all []T) fetchFunc[T] {
-	at := 0
+func pages[T any](seeds *rand.Rand, all []T) fetchFunc[T] {
+	at, r := 0, rand.New(rand.NewPCG(seeds.Uint64(), 1)) // its own: it is read ahead in a goroutine
 	return func(_ context.Context, buf []T) ([]T, bool, error) {
 		n := min(r.IntN(7), len(all)-at)
 		buf = append(buf, all[at:at+n]...)
