@@ -121,8 +121,8 @@ func TestAnAliasInTheIndexsPlace(t *testing.T) {
 	r := h.r
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	other := *h
-	other.name, other.docs, other.m = "other", []string{"x", "y"}, newModel([]string{"x", "y"}, false)
+	docs := []string{"x", "y"}
+	other := &history{t: t, r: r, d: h.d, p: h.p, name: "other", docs: docs, m: newModel(docs, false)}
 	other.declare()
 	with(func(i *instance) {
 		h.must(i, "p", "A")
@@ -221,11 +221,16 @@ func (r *rig) moved(t *testing.T) {
 // A version is overtaken while its write is under way: its point is read absent, and then the
 // write lands. The worker that sent it sees to its deletion, without a reconcile.
 func TestAWriteThatLandsAfterItsChunkDied(t *testing.T) {
-	h, with := scene(t, "p")
+	h, _ := scene(t, "p")
 	r := h.r
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	with(func(i *instance) {
+	tp := h.tempo(false)
+	tp.quick, tp.stamp, tp.lease = 0, time.Hour, 30*time.Second
+	i := r.start(r.borrow(t), tp, h.d)
+	defer i.stop()
+	h.stamped(ctx) // the only stamp, so that the next upsert is the document's
+	func() {
 		i.host.valve.set(faults.NewScript(faults.Rule{Op: "Upsert", Fault: faults.Fault{Kind: faults.Delay}}), nil, false)
 		first, err := i.in.Ingest(ctx, corpus.IngestRequest{Collection: h.name, Documents: []corpus.DocumentInput{input("p", "D", 1)}})
 		if err != nil {
@@ -245,11 +250,11 @@ func TestAWriteThatLandsAfterItsChunkDied(t *testing.T) {
 		for !confirmed() {
 			pause(ctx, time.Millisecond)
 		}
-		i.host.ix.ReleaseAll()
 		_, ix, err := r.store.ResolveCollection(ctx, h.name)
 		if err != nil {
 			t.Fatal(err)
 		}
+		i.host.ix.ReleaseAll()
 		for {
 			points, err := r.index.ReadPoints(ctx, ix, first[0].PointIDs, false)
 			if err != nil {
@@ -260,5 +265,5 @@ func TestAWriteThatLandsAfterItsChunkDied(t *testing.T) {
 			}
 			pause(ctx, time.Millisecond)
 		}
-	})
+	}()
 }
