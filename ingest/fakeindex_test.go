@@ -2,7 +2,6 @@ package ingest_test
 
 import (
 	"context"
-	"fmt"
 	"maps"
 	"math/rand/v2"
 	"slices"
@@ -251,13 +250,4 @@ func (f *fakeIndex) counts() (inserts, rewrites, metas, deletes int) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.inserts, f.rewrites, f.metas, f.deletes
-}
-
-// check compares a point with what the ledger wants of it.
-func check(p corpus.Point, doc corpus.ID, gen, meta int64) error {
-	if p.Payload.Document != doc || p.Payload.Gen != gen || p.Payload.MetaVersion != meta {
-		return fmt.Errorf("point %s holds document %s gen %d meta %d; want %s %d %d",
-			p.ID, p.Payload.Document, p.Payload.Gen, p.Payload.MetaVersion, doc, gen, meta)
-	}
-	return nil
 }

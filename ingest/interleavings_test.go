@@ -669,7 +669,12 @@ func TestB15AnIndexIsBuiltUnderIngestion(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- second.Run(ctx) }()
-	t.Cleanup(func() { cancel(); <-done })
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; !errors.Is(err, context.Canceled) && err != nil {
+			t.Error(err)
+		}
+	})
 	building, err := second.Reembed(b.ctx(), "c")
 	if err != nil {
 		t.Fatal(err)

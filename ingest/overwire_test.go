@@ -31,7 +31,9 @@ func TestADocumentsLifeOverTheWire(t *testing.T) {
 		if err := server.Close(); err != nil {
 			t.Error(err)
 		}
-		<-served
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
 	})
 	b := &bundle{t: t, url: pgtest.New(t), index: newFakeIndex(), model: fake.New(16, corpus.Dense|corpus.SparseHead|corpus.ColBERT)}
 	client, err := qdrant.Open(b.ctx(), qdrant.Config{URL: "http://" + l.Addr().String()})
@@ -97,7 +99,7 @@ func TestADocumentsLifeOverTheWire(t *testing.T) {
 	}
 	b.eventually("the Qdrant collection is dropped", func() error {
 		if exists, _, err := client.DescribeIndex(b.ctx(), ix); err != nil || exists {
-			return fmt.Errorf("exists %v, %v", exists, err)
+			return fmt.Errorf("exists %v, %w", exists, err)
 		}
 		return nil
 	})

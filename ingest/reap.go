@@ -87,7 +87,7 @@ func (s *Service) reap(ctx context.Context, ix corpus.Index) bool {
 
 func (s *Service) reapFailed(ctx context.Context, doing string, err error) {
 	if err != nil && ctx.Err() == nil {
-		s.log.WarnContext(ctx, doing, "err", err)
+		s.log.WarnContext(ctx, "deleting from the index failed", "doing", doing, "err", err)
 	}
 }
 

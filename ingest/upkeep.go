@@ -31,7 +31,7 @@ func (s *Service) upkeepLoop(ctx context.Context) {
 func (s *Service) upkeep(ctx context.Context, cursors map[corpus.ID]corpus.ID) {
 	warn := func(doing string, err error) {
 		if err != nil && ctx.Err() == nil {
-			s.log.WarnContext(ctx, doing, "err", err)
+			s.log.WarnContext(ctx, "upkeep failed", "doing", doing, "err", err)
 		}
 	}
 	live, err := s.cfg.Ledger.Indexes(ctx)

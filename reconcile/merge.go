@@ -123,7 +123,7 @@ func merge(ctx context.Context, ledger *stream[corpus.LedgerRow], index *stream[
 			if !moreRows && !ledger.last || !morePts && !index.last || !moreRows && !morePts {
 				break
 			}
-			c := 0
+			var c int
 			switch {
 			case !moreRows:
 				c = 1

@@ -257,8 +257,15 @@ func (w *work) checkBrake(ctx context.Context) error {
 	if !w.spec.Repair {
 		return nil
 	}
+	rec, err := w.ledger.GetRun(ctx, w.spec.ID)
+	if err != nil {
+		return err
+	}
 	for i := range w.targets {
 		t := &w.targets[i]
+		if t.Stopped == "" {
+			t.Stopped = rec.Targets[i].Stopped // found by another instance
+		}
 		all, repaired, err := w.ledger.CountFindings(ctx, w.spec.ID, t.Collection)
 		if err != nil {
 			return err
@@ -275,6 +282,9 @@ func (w *work) checkBrake(ctx context.Context) error {
 		}
 		if want == 0 {
 			continue
+		}
+		if err := w.measure(ctx, t); err != nil {
+			return err
 		}
 		today, err := w.ledger.DeletesToday(ctx, t.Collection)
 		if err != nil {
@@ -304,6 +314,25 @@ func (w *work) checkBrake(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// measure counts the points of a collection's serving index, of which the brake takes its
+// share. Where the server refuses exact counts only the free deletes are allowed.
+func (w *work) measure(ctx context.Context, t *target) error {
+	t.IndexPoints = 0
+	for _, sc := range t.scopes {
+		if sc.ix.State != corpus.IndexServing {
+			continue
+		}
+		err := w.pace.retry(ctx, func() (err error) {
+			t.IndexPoints, err = w.index.CountPoints(ctx, sc.ix)
+			return err
+		})
+		if err != nil && corpus.CodeOf(err) != codeNoExact && corpus.KindOf(err) != corpus.NotFound {
+			return err
+		}
+	}
+	return w.ledger.PrepareTarget(ctx, w.spec.ID, t.RunTarget, nil)
 }
 
 func (w *work) brake(ctx context.Context, t *target, why string) error {

@@ -185,9 +185,15 @@ func (s *Service) stages(ctx context.Context, rec corpus.RunRecord, pace *pacer)
 		return "", err
 	}
 	for stage := rec.Stage; stage < corpus.StageFinish; {
+		began := s.clock.Now()
 		switch stage {
 		case corpus.StagePrepare:
 			err = w.prepare(ctx)
+		case corpus.StageScan:
+			g, gctx := errgroup.WithContext(ctx)
+			g.Go(func() error { return w.history(gctx) })
+			g.Go(func() error { return w.drain(gctx, corpus.StageScan) })
+			err = g.Wait()
 		case corpus.StageDelete:
 			if err = w.checkBrake(ctx); err == nil {
 				err = w.drain(ctx, stage)
@@ -201,6 +207,7 @@ func (s *Service) stages(ctx context.Context, rec corpus.RunRecord, pace *pacer)
 		if err != nil {
 			return "", err
 		}
+		s.log.DebugContext(ctx, "reconcile stage done", "run", w.spec.ID, "stage", int(stage), "took", s.clock.Now().Sub(began))
 		next := stage + 1
 		if next == corpus.StageSettle && !w.spec.Repair && !w.spec.Sweep {
 			next = corpus.StageFinish // nothing is to be changed

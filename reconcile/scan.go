@@ -8,6 +8,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/lockstep-db/lockstep/internal/corpus"
 )
 
@@ -67,32 +69,27 @@ func (w *work) prepareScope(ctx context.Context, t *target, sc *scope) ([]corpus
 			return nil, err
 		}
 	}
-	if err := w.checkHistory(ctx, t, sc); err != nil {
-		return nil, err
-	}
-	var points int64
-	err = w.pace.retry(ctx, func() (err error) {
-		points, err = w.index.CountPoints(ctx, sc.ix)
-		return err
-	})
-	if err != nil && corpus.CodeOf(err) != codeNoExact {
-		return nil, err // a server that refuses exact counts costs the estimate, not the run
-	}
-	if sc.ix.State == corpus.IndexServing {
-		t.IndexPoints = points
-	}
 	if !w.spec.SeedsOnly {
 		if err := w.seed(ctx, sc); err != nil {
 			return nil, err
 		}
 	}
-	first := corpus.StageScan
-	n := min(max(int(points/w.cfg.RangePoints), 1), maxRanges)
+	first, n := corpus.StageScan, 1
 	switch {
 	case w.spec.SeedsOnly:
-		first, n = corpus.StageConfirm, 1
-	case w.spec.Depth == corpus.Quick, !w.spec.Whole():
-		n = 1
+		first = corpus.StageConfirm
+	case w.spec.Whole():
+		// An estimate is enough to split by and to show progress against.
+		points, err := w.ledger.EstimatePoints(ctx, sc.ix)
+		if err != nil {
+			return nil, err
+		}
+		if sc.ix.State == corpus.IndexServing {
+			t.IndexPoints = points
+		}
+		if w.spec.Depth != corpus.Quick {
+			n = min(max(int(points/w.cfg.RangePoints), 1), maxRanges)
+		}
 	}
 	var out []corpus.RunRange
 	for _, b := range split(w.spec.Lo, w.spec.Hi, n) {
@@ -140,6 +137,23 @@ func (w *work) lostIndex(ctx context.Context, sc *scope) error {
 	return nil
 }
 
+// history checks every index of the run. It runs beside the scan, because the index may take
+// as long for it, and is done before anything is decided.
+func (w *work) history(ctx context.Context) error {
+	for i := range w.targets {
+		for _, sc := range w.targets[i].scopes {
+			err := w.checkHistory(ctx, &w.targets[i], sc)
+			if corpus.KindOf(err) == corpus.NotFound {
+				err = w.vanished(ctx, sc, err)
+			}
+			if err != nil {
+				return fmt.Errorf("collection %s: %w", w.targets[i].Name, err)
+			}
+		}
+	}
+	return nil
+}
+
 // checkHistory looks for signs that the ledger lost part of its history: a stamp that it never
 // issued, points with a gen that it never handed out. Either stops deletes in the collection.
 func (w *work) checkHistory(ctx context.Context, t *target, sc *scope) error {
@@ -166,6 +180,14 @@ func (w *work) checkHistory(ctx context.Context, t *target, sc *scope) error {
 		if err := w.ledger.AddFindings(ctx, w.spec.ID, sc.ix, []corpus.Finding{f}); err != nil {
 			return err
 		}
+	}
+	if t.Stopped != "" {
+		if err := w.ledger.StopTarget(ctx, w.spec.ID, t.Collection, t.Stopped); err != nil {
+			return err
+		}
+	}
+	if !w.spec.Whole() {
+		return nil // the points that it looks at are judged one by one
 	}
 	var pts []corpus.PointState
 	for gen, gaps := before.LastGen, before.Gaps; ; {
@@ -455,22 +477,29 @@ func (w *work) scroll(from, to corpus.ID, read func(context.Context, corpus.ID) 
 // quick compares exact counts per id bucket and descends only where they differ. What it
 // cannot see stands in docs/reconcile.md.
 func (w *work) quick(ctx context.Context, sc *scope, rec *recorder) error {
-	var counts map[uint32]int64
-	var total int64
-	err := w.pace.read(ctx, func() (n int, err error) {
-		if counts, err = w.index.FacetBuckets(ctx, sc.ix); err == nil {
-			total, err = w.index.CountPoints(ctx, sc.ix)
-		}
-		return len(counts), err
+	var (
+		counts             map[uint32]int64
+		total              int64
+		settled, unsettled []int64
+	)
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		return w.pace.read(gctx, func() (n int, err error) {
+			if counts, err = w.index.FacetBuckets(gctx, sc.ix); err == nil {
+				total, err = w.index.CountPoints(gctx, sc.ix)
+			}
+			return len(counts), err
+		})
 	})
+	g.Go(func() (err error) {
+		settled, unsettled, err = w.ledger.BucketCounts(gctx, sc.ix)
+		return err
+	})
+	err := g.Wait()
 	if corpus.CodeOf(err) == codeNoExact {
 		w.log.InfoContext(ctx, "the index refuses exact counts; reading all ids instead", "index", sc.ix.QdrantName)
 		return w.join(ctx, sc, rec, rec.r.Cursor, rec.r.Hi)
 	}
-	if err != nil {
-		return err
-	}
-	settled, unsettled, err := w.ledger.BucketCounts(ctx, sc.ix)
 	if err != nil {
 		return err
 	}

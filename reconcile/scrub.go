@@ -100,7 +100,7 @@ func (s *Service) try(ctx context.Context, what string, f func(context.Context) 
 	case corpus.CodeOf(err) == codeRunning:
 		// somebody is looking at the collection already
 	default:
-		s.log.WarnContext(ctx, "background reconcile: "+what, "error", err)
+		s.log.WarnContext(ctx, "background reconcile failed", "doing", what, "error", err)
 	}
 }
 

@@ -23,6 +23,8 @@ type Walker interface {
 	BucketCounts(ctx context.Context, ix corpus.Index) (settled, unsettled []int64, err error)
 	// WalkBucket is WalkChunks for one bucket, dead entries left out.
 	WalkBucket(ctx context.Context, ix corpus.Index, bucket uint32, from corpus.ID, limit int, dst []corpus.LedgerRow) ([]corpus.LedgerRow, error)
+	// EstimatePoints guesses how many points an index should hold, without counting.
+	EstimatePoints(ctx context.Context, ix corpus.Index) (int64, error)
 	// ReadRows returns what is known about those of ids that are known, in any order.
 	ReadRows(ctx context.Context, ix corpus.Index, ids []corpus.ID, overdue time.Duration) ([]corpus.LedgerRow, error)
 	// StuckEntries calls each with batches of ids that nobody works on although they need it.

@@ -202,6 +202,7 @@ func (w *world) fill(from, n int) []corpus.ID {
 			ids = append(ids, r.PointIDs...)
 		}
 	}
+	w.exec(`ANALYZE index_entries`) // a run is split by what the statistics say
 	return ids
 }
 

@@ -45,7 +45,7 @@ type world struct {
 }
 
 type wdoc struct {
-	id, name string
+	name     string
 	key      corpus.ID
 	version  int64
 	serving  []corpus.ID // nil: nothing serves

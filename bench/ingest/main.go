@@ -247,7 +247,7 @@ func stream(ctx context.Context, base, collection string, texts []string, status
 			Status string `json:"status"`
 		}
 		if err := json.Unmarshal(lines.Bytes(), &r); err != nil || r.Status != status {
-			return 0, fmt.Errorf("expected status %s, got %s (%v)", status, lines.Bytes(), err)
+			return 0, fmt.Errorf("expected status %s, got %s (%w)", status, lines.Bytes(), err)
 		}
 		seen++
 	}

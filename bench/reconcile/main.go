@@ -118,6 +118,7 @@ type bench struct {
 	ix    corpus.Index
 	moved atomic.Int64 // bytes read from the index by the adapter
 	n     int
+	log   *slog.Logger
 }
 
 func run(ctx context.Context) (err error) {
@@ -127,6 +128,7 @@ func run(ctx context.Context) (err error) {
 	workers := flag.Int("workers", 1, "ranges read at the same time; 1 compares one stream with one stream")
 	page := flag.Int("page", 10_000, "page of the bare scroll")
 	deep := flag.Bool("deep", true, "measure deep as well")
+	verbose := flag.Bool("v", false, "log the stages of each run")
 	profile := flag.String("cpuprofile", "", "write a CPU profile of reconcile's turns to this file")
 	flag.Parse()
 
@@ -165,7 +167,10 @@ func run(ctx context.Context) (err error) {
 	}
 	fmt.Printf("index: %s; %d points of %d floats; %d CPUs, %d workers\n", what, *n, *dim, runtime.NumCPU(), *workers)
 
-	b := &bench{n: *n}
+	b := &bench{n: *n, log: slog.New(slog.DiscardHandler)}
+	if *verbose {
+		b.log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	}
 	if b.raw, err = dial(indexURL, key); err != nil {
 		return err
 	}
@@ -231,7 +236,7 @@ func (b *bench) open(ctx context.Context, dsn, indexURL, key string, log *slog.L
 		return err
 	}
 	b.index.SetOwner(b.cfg.Owner)
-	b.cfg.Grace, b.cfg.Poll = time.Millisecond, 5*time.Millisecond
+	b.cfg.Grace = time.Millisecond // nothing is suspected; only the search for orphan indexes waits it out
 	return nil
 }
 
@@ -337,23 +342,26 @@ type result struct {
 
 // reconcile runs once and insists on a clean verdict over all points.
 func (b *bench) reconcile(ctx context.Context, depth corpus.Depth) (result, error) {
-	s := reconcile.New(b.cfg, b.store, b.index, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	s := reconcile.New(b.cfg, b.store, b.index, b.log, prometheus.NewRegistry())
 	defer s.Close()
 	debug.FreeOSMemory()
 	peak := watchHeap()
-	moved, began := b.moved.Load(), time.Now()
+	moved := b.moved.Load()
 	id, err := s.Start(ctx, corpus.ReconcileRequest{Collection: collection, Depth: depth})
 	if err != nil {
 		return result{}, err
 	}
 	rep, err := s.Wait(ctx, id, nil)
-	out := result{took: time.Since(began), moved: b.moved.Load() - moved, heap: peak()}
+	out := result{moved: b.moved.Load() - moved, heap: peak()}
 	switch {
 	case err != nil:
 		return out, err
+	case rep.FinishedAt == nil:
+		return out, errors.New("the run has no end")
 	case rep.State != corpus.RunDone || rep.Collections[0].Status != corpus.Consistent || rep.Compared < int64(b.n):
 		return out, fmt.Errorf("%s: %s %s, %d compared, %+v", depth, rep.State, rep.Error, rep.Compared, rep.Collections)
 	}
+	out.took = rep.FinishedAt.Sub(rep.StartedAt) // not until the next poll
 	return out, nil
 }
 

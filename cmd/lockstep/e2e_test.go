@@ -75,7 +75,7 @@ func freePort(t *testing.T) int {
 // dataDir is a folder below the system's temporary one that an unprivileged Postgres can reach.
 func dataDir(t *testing.T) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "lockstep-data-")
+	dir, err := os.MkdirTemp("", "lockstep-data-") //nolint:usetesting // T.TempDir's parent is closed to other users
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -423,8 +423,7 @@ func TestKillUnderLoad(t *testing.T) {
 		}
 	}
 	report := in.must(http.StatusAccepted, http.MethodPost, "/admin/reconcile", map[string]any{"depth": "deep", "repair": true})
-	repaired, _ := json.Marshal(in.waitRun(report["run_id"].(string))["collections"])
-	t.Logf("the repairing run: %s", repaired)
+	t.Logf("the repairing run: %v", in.waitRun(report["run_id"].(string))["collections"])
 	second := in.must(http.StatusAccepted, http.MethodPost, "/admin/reconcile", map[string]any{"depth": "deep"})
 	run := in.waitRun(second["run_id"].(string))
 	for _, c := range run["collections"].([]any) {
@@ -456,8 +455,7 @@ func (in *instance) waitRun(id string) map[string]any {
 		run := in.must(http.StatusOK, http.MethodGet, "/admin/reconcile/"+id, nil)
 		if run["state"] != "running" {
 			if run["state"] != "done" {
-				report, _ := json.Marshal(run["collections"])
-				in.t.Fatalf("the run ended as %v: %v\n%s", run["state"], run["error"], tail(report, 4000))
+				in.t.Fatalf("the run ended as %v: %v\n%s", run["state"], run["error"], tail(fmt.Append(nil, run["collections"]), 4000))
 			}
 			return run
 		}

@@ -111,13 +111,21 @@ func noOperands(e *cli.Env, name string, operands []string) bool {
 	return false
 }
 
+// readableDuration writes 1.5s where JSON would get bare nanoseconds.
+func readableDuration(_ []string, a slog.Attr) slog.Attr {
+	if a.Value.Kind() == slog.KindDuration {
+		a.Value = slog.StringValue(a.Value.Duration().String())
+	}
+	return a
+}
+
 // logger writes to stderr: text for a person, JSON for a collector.
 func logger(cfg config.Config, stderr io.Writer) *slog.Logger {
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(cfg.Log.Level)); err != nil {
 		level = slog.LevelInfo // validated before
 	}
-	options := &slog.HandlerOptions{Level: level}
+	options := &slog.HandlerOptions{Level: level, ReplaceAttr: readableDuration}
 	text := cfg.Log.Format == "text" || cfg.Log.Format == "auto" && cli.IsTerminal(stderr)
 	if text {
 		return slog.New(slog.NewTextHandler(stderr, options))

@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -233,7 +234,7 @@ func openCheckpoint(files *source, d *description) (_ *checkpoint, err error) {
 	ck := &checkpoint{tensors: map[string]*tensor{}, digests: map[string]string{}}
 	defer func() {
 		if err != nil {
-			ck.Close()
+			err = errors.Join(err, ck.Close())
 		}
 	}()
 	names, read, err := weightFiles(files)

@@ -161,8 +161,7 @@ func TestFingerprint(t *testing.T) {
 			for n := range second {
 				index[n] = "model-2.safetensors"
 			}
-			b, _ := json.Marshal(map[string]any{"weight_map": index})
-			f["model.safetensors.index.json"] = string(b)
+			f["model.safetensors.index.json"] = marshal(t, map[string]map[string]any{"weight_map": index})
 		}, Options{}),
 		"another limit": build(func(f map[string]string) { f["sentence_bert_config.json"] = `{"max_seq_length":9}` }, Options{}),
 	} {
@@ -222,8 +221,9 @@ func TestBuildSkipsAndReplaces(t *testing.T) {
 		"a missing file":     func() { os.Remove(filepath.Join(dst, TokenizerFile)) },
 		"another format":     func() { write1(t, filepath.Join(dst, ManifestFile), `{"format":0}`) },
 		"an interrupted build": func() {
-			os.Rename(dst, dst+".old")
-			os.MkdirAll(dst+".building", 0o755)
+			if err := errors.Join(os.Rename(dst, dst+".old"), os.MkdirAll(dst+".building", 0o755)); err != nil {
+				t.Error(err)
+			}
 			write1(t, filepath.Join(dst+".building", "weights.bin"), "half")
 		},
 	} {
@@ -391,6 +391,22 @@ func TestBuildsOfOneModelWait(t *testing.T) {
 	}
 }
 
+func cut(t *testing.T, name string, size int64) {
+	t.Helper()
+	if err := os.Truncate(name, size); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func marshal(t *testing.T, v any) string {
+	t.Helper()
+	data, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
+}
+
 func TestOpenRefusesDamage(t *testing.T) {
 	t.Parallel()
 	if _, err := Open(t.TempDir()); corpus.KindOf(err) != corpus.NotFound {
@@ -403,17 +419,15 @@ func TestOpenRefusesDamage(t *testing.T) {
 		"manifest is not JSON": {func(m *Manifest) { write1(t, m.Path(ManifestFile), "{") }, corpus.Invalid},
 		"manifest is empty":    {func(m *Manifest) { write1(t, m.Path(ManifestFile), fmt.Sprintf(`{"format":%d}`, FormatVersion)) }, corpus.Invalid},
 		"another format":       {func(m *Manifest) { write1(t, m.Path(ManifestFile), `{"format":99}`) }, corpus.Conflict},
-		"weights cut":          {func(m *Manifest) { os.Truncate(m.Path("weights.bin"), 100) }, corpus.Invalid},
+		"weights cut":          {func(m *Manifest) { cut(t, m.Path("weights.bin"), 100) }, corpus.Invalid},
 		"no graph":             {func(m *Manifest) { os.Remove(m.Path(m.Graphs[0].File)) }, corpus.Invalid},
 		"a path outside": {func(m *Manifest) {
 			m.Files[0].Name = "../x"
-			data, _ := json.Marshal(m)
-			write1(t, m.Path(ManifestFile), string(data))
+			write1(t, m.Path(ManifestFile), marshal(t, m))
 		}, corpus.Invalid},
 		"a graph without a file": {func(m *Manifest) {
 			m.Graphs[0].File = "other.onnx"
-			data, _ := json.Marshal(m)
-			write1(t, m.Path(ManifestFile), string(data))
+			write1(t, m.Path(ManifestFile), marshal(t, m))
 		}, corpus.Invalid},
 	} {
 		m := mustBuild(t, tinyM3, Options{})

@@ -88,7 +88,7 @@ func (g *onnxGraph) add(domain, op string, inputs, outputs []string, attrs ...at
 
 func (a attr) encode() []byte {
 	b := appendString(nil, 1, a.name)
-	kind := uint64(0)
+	var kind uint64
 	switch v := a.value.(type) {
 	case float32:
 		b = protowire.AppendTag(b, 2, protowire.Fixed32Type)

@@ -215,8 +215,12 @@ func (a *App) openRooms(ctx context.Context, emb Embedder, reg *prometheus.Regis
 		Logger: log, Registerer: reg,
 	})
 	a.openReconcile(owner, a.ingest.Wake, reg, log)
+	cacheBytes := int64(cfg.Search.CacheBytes)
+	if cacheBytes == 0 {
+		cacheBytes = -1 // off, which is not what search's zero value means
+	}
 	searcher := search.New(a.ledger, a.index, emb, a.recon, search.Config{
-		Timeout: cfg.Search.Timeout, CacheBytes: int64(cfg.Search.CacheBytes), CacheTTL: cfg.Search.CacheTTL,
+		Timeout: cfg.Search.Timeout, CacheBytes: cacheBytes, CacheTTL: cfg.Search.CacheTTL,
 	}, reg)
 	keys := make([]httpapi.Key, 0, len(cfg.APIKeys))
 	for _, k := range cfg.APIKeys {
@@ -300,10 +304,7 @@ func (a *App) Run(ctx context.Context) error {
 func (a *App) warmUp(ctx context.Context) error {
 	start := time.Now()
 	if err := a.warm(ctx); err != nil {
-		if ctx.Err() != nil {
-			return nil
-		}
-		return err
+		return ended(err)
 	}
 	a.health.ready()
 	a.log.InfoContext(ctx, "ready", "addr", a.ln.Addr().String(), "warm_up", time.Since(start).Round(time.Millisecond))

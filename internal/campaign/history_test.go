@@ -333,7 +333,8 @@ func (h *history) answered(o *op, doc string, out corpus.DocumentResult, err err
 // search asks and judges. Without an instance it asks over connections that nothing disturbs:
 // then an error is a broken promise (P7).
 func (h *history) search(i *instance) {
-	find, clean := (*search.Service)(nil), i == nil
+	var find *search.Service
+	clean := i == nil
 	if clean {
 		find = search.New(h.r.store, h.r.index, h.r.model, nil, search.Config{Exact: true}, nil)
 	} else {

@@ -98,12 +98,6 @@ func (v *valve) next(side func() faults.Plan, c faults.Call) faults.Fault {
 	return f
 }
 
-func (v *valve) faults() int {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	return v.chosen
-}
-
 // indexSide and ledgerSide are the valve as the plans of the two proxies.
 type (
 	indexSide  struct{ v *valve }
@@ -121,7 +115,7 @@ func (s ledgerSide) Next(c faults.Call) faults.Fault {
 // newRig starts an index and opens the database at dsn, which it migrates.
 func newRig(t testing.TB, dsn string) *rig {
 	t.Helper()
-	dir, err := os.MkdirTemp(memoryDir(), "lockstep-campaign-")
+	dir, err := os.MkdirTemp(memoryDir(), "lockstep-campaign-") //nolint:usetesting // in memory, where there is such a place
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -102,9 +102,9 @@ type ReconcileRequest struct {
 type CollectionReport struct {
 	Collection     string    `json:"collection"`
 	Status         Verdict   `json:"status"`
-	CheckedAt      time.Time `json:"checked_at"`
-	RunID          ID        `json:"run_id"`
-	Depth          Depth     `json:"depth"`
+	CheckedAt      time.Time `json:"checked_at,omitzero"` // absent until the first check
+	RunID          ID        `json:"run_id,omitzero"`
+	Depth          Depth     `json:"depth,omitempty"`
 	Documents      int64     `json:"documents"`
 	ExpectedPoints int64     `json:"expected_points"`
 	IndexedPoints  int64     `json:"indexed_points"`

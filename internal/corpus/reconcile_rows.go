@@ -233,7 +233,7 @@ type RunRecord struct {
 type RunTarget struct {
 	Collection ID
 	Name       string
-	// IndexPoints counted when the run began.
+	// IndexPoints of the serving index: estimated when the run begins, counted before it deletes.
 	IndexPoints int64
 	// Stopped says why nothing may be deleted in this collection; empty otherwise.
 	Stopped string

@@ -167,7 +167,7 @@ func TestIndex(t *testing.T) {
 // tempDir is one that other users may pass, as a data directory must be when root runs this.
 func tempDir(t *testing.T) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "devstack")
+	dir, err := os.MkdirTemp("", "devstack") //nolint:usetesting // T.TempDir's parent is closed to other users
 	if err != nil {
 		t.Fatal(err)
 	}

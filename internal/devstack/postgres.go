@@ -121,8 +121,8 @@ func (p *postgres) stopOrphan(ctx context.Context) error {
 		return err
 	}
 	first, _, _ := strings.Cut(string(raw), "\n")
-	pid, err := strconv.Atoi(strings.TrimSpace(first))
-	if err != nil || pid <= 1 {
+	pid, _ := strconv.Atoi(strings.TrimSpace(first))
+	if pid <= 1 {
 		return nil // torn; Postgres says itself what it thinks of it
 	}
 	if err := stopOrphan(ctx, pid, "postgres", p.data, syscall.SIGINT, syscall.SIGQUIT, p.log); err != nil {

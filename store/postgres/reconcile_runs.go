@@ -240,7 +240,7 @@ func (s *Store) KnownQdrantNames(ctx context.Context, names []string) ([]string,
 // has begun.
 func (s *Store) PrepareTarget(ctx context.Context, run corpus.ID, t corpus.RunTarget, ranges []corpus.RunRange) error {
 	return s.relaxed(ctx, "preparing a reconcile run", func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `UPDATE reconcile_targets SET index_points = $3, stopped = $4 WHERE run_id = $1 AND collection_id = $2`,
+		if _, err := tx.Exec(ctx, `UPDATE reconcile_targets SET index_points = $3, stopped = coalesce(nullif($4, ''), stopped) WHERE run_id = $1 AND collection_id = $2`,
 			run, t.Collection, t.IndexPoints, t.Stopped); err != nil {
 			return err
 		}
@@ -535,8 +535,10 @@ const finishTargets = `
 			WHERE r.run_id = t.run_id AND r.collection_id = t.collection_id), 0),
 		indexed_points = coalesce((SELECT sum(points) FROM reconcile_ranges r JOIN indexes i ON i.id = r.index_id AND i.state = 'serving'
 			WHERE r.run_id = t.run_id AND r.collection_id = t.collection_id), 0),
-		pending = (SELECT count(*) FROM index_entries e JOIN indexes i ON i.id = e.index_id AND i.state = 'serving'
-			WHERE i.collection_id = t.collection_id AND (e.state = 'pending' OR e.state = 'indexed' AND e.meta_version <> e.want_meta OR e.state = 'dead' AND e.absent_at IS NULL)),
+		pending = (SELECT coalesce(sum(
+				(SELECT count(*) FROM index_entries e WHERE e.index_id = i.id AND (e.state = 'pending' OR e.state = 'indexed' AND e.meta_version <> e.want_meta))
+				+ (SELECT count(*) FROM index_entries e WHERE e.index_id = i.id AND e.state = 'dead' AND e.absent_at IS NULL)), 0)
+			FROM indexes i WHERE i.collection_id = t.collection_id AND i.state = 'serving'),
 		findings = (SELECT coalesce(jsonb_object_agg(kind, n), '{}') FROM (SELECT kind, count(*) AS n FROM reconcile_findings f
 			WHERE f.run_id = t.run_id AND f.collection_id = t.collection_id GROUP BY kind) x),
 		repaired = (SELECT coalesce(jsonb_object_agg(kind, n), '{}') FROM (SELECT kind, count(*) AS n FROM reconcile_findings f

@@ -23,7 +23,6 @@ type ledgerRows struct {
 	conn *pgx.Conn
 	coll corpus.Collection
 	ix   corpus.Index
-	next byte
 }
 
 func newLedgerRows(t testing.TB, url, name string) *ledgerRows {

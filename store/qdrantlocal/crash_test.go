@@ -3,7 +3,6 @@ package qdrantlocal
 import (
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -513,7 +512,7 @@ func TestSyncFailure(t *testing.T) {
 	var mu sync.Mutex
 	broken := false
 	s, err := Open(dir, Options{
-		Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		Logger: slog.New(slog.DiscardHandler),
 		fsync: func(*os.File) error {
 			mu.Lock()
 			defer mu.Unlock()

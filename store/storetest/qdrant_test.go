@@ -88,7 +88,9 @@ func startQdrant(t *testing.T, binary string) (addr string) {
 		if err := cmd.Process.Kill(); err != nil {
 			t.Logf("stopping qdrant: %v", err)
 		}
-		<-exited
+		if err := <-exited; err != nil {
+			t.Logf("qdrant: %v", err) // killed
+		}
 		if err := logFile.Close(); err != nil {
 			t.Error(err)
 		}
