@@ -208,6 +208,7 @@ func (r *rig) borrow(t testing.TB) *host {
 		h := r.free[n-1]
 		r.free = r.free[:n-1]
 		h.valve.set(nil, nil, false)
+		h.pg.Refuse(false)
 		return h
 	}
 	h := newHost(t, r.server.Addr().String(), r.dsn, r.owner, r.clock, r.log)
@@ -361,6 +362,7 @@ func (c *stepCounter) next() int64 {
 // else will. Its goroutines are told to end, which nobody waits for here.
 func (i *instance) kill() {
 	i.host.valve.set(nil, nil, true)
+	i.host.pg.Refuse(true)
 	i.host.pg.Disconnect()
 	i.cancel()
 }

@@ -468,3 +468,19 @@ func TestPostgresErrorLeavesAUsableTransactionState(t *testing.T) {
 		t.Error("the rule did not reach the prepared statement")
 	}
 }
+
+func TestPostgresRefusesConnections(t *testing.T) {
+	t.Parallel()
+	b := setupPostgres(t)
+	conn := b.connect(t)
+	b.proxy.Refuse(true)
+	if c, err := pgx.Connect(t.Context(), b.dsn); err == nil {
+		_ = c.Close(t.Context())
+		t.Error("a connection was made")
+	}
+	if err := insert(t.Context(), conn, 1); err != nil {
+		t.Errorf("on the connection that was there: %v", err)
+	}
+	b.proxy.Refuse(false)
+	b.connect(t)
+}

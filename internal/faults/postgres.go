@@ -13,6 +13,7 @@ import (
 	"path"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -54,6 +55,7 @@ type Postgres struct {
 	ctx      context.Context
 	cancel   context.CancelFunc
 	wg       sync.WaitGroup
+	refusing atomic.Bool
 
 	planMu sync.Mutex
 	seq    int
@@ -134,6 +136,10 @@ func (p *Postgres) Disconnect() {
 	}
 }
 
+// Refuse ends new connections at once, before the server hears of them, until it is called
+// with false. Connections that are there stay.
+func (p *Postgres) Refuse(on bool) { p.refusing.Store(on) }
+
 // Close ends the proxy and all connections. Held round trips are lost.
 func (p *Postgres) Close() error {
 	p.late.close()
@@ -149,6 +155,10 @@ func (p *Postgres) accept() {
 		c, err := p.listener.Accept()
 		if err != nil {
 			return // Close
+		}
+		if p.refusing.Load() {
+			_ = c.Close() // it is being refused
+			continue
 		}
 		p.wg.Go(func() {
 			s := &session{p: p, client: c, statements: map[string]string{}, portals: map[string]string{}}
