@@ -97,6 +97,8 @@ func (s *Service) lead(ctx context.Context, id corpus.ID, pace *pacer) {
 		return
 	case stopping:
 		state, message = corpus.RunCancelled, "the service stopped" // the background comes round again
+	case errors.Is(err, errCancelled) && rec.Spec.Origin != "request":
+		state, message = corpus.RunCancelled, "made way for a run that was asked for"
 	case errors.Is(err, errCancelled):
 		state, message = corpus.RunCancelled, "the run was cancelled; it can be resumed"
 	case err != nil:

@@ -306,27 +306,27 @@ func TestSearch(t *testing.T) {
 			return true
 		}
 		_, _ = w.Write([]byte(`{"results":[{"id":"00000000-0000-0000-0000-000000000001","document":"kb/\u001b[2J42","version":3,"ordinal":1,"score":0.83,
-			"text":"` + strings.Repeat("word ", 100) + `","metadata":{"b":1,"a":"x"},"chunk_count":2,"before":[{"ordinal":0,"text":"before"}],"heads":{"dense":{"rank":1,"score":0.83}}}],
-			"mode":"dense","consistency":{"filtered":2,"widened":1,"truncated":true},"timings_ms":{"embed":1.5}}`))
+			"text":"` + strings.Repeat("word ", 100) + `","metadata":{"b":1,"a":"x"},"chunk_count":2,"before":[{"ordinal":0,"text":"before"}],"highlights":["bread"],"heads":{"dense":{"rank":1,"score":0.83}}}],
+			"mode":"hybrid","fusion":{"method":"rrf","k":60,"weights":[1,2]},"consistency":{"filtered":2,"widened":1,"truncated":true},"timings_ms":{"embed":1.5}}`))
 		return true
 	}
-	w := newWorld(s.URL, "how", "is", "bread", "made", "--limit", "3", "--group", "--explain", "--filter", `{"must":[]}`)
+	w := newWorld(s.URL, "how", "is", "bread", "made", "--limit", "3", "--group", "--highlight", "--explain", "--filter", `{"must":[]}`)
 	if code := Search(t.Context(), w.Env); code != 0 {
 		t.Fatalf("exit %d: %s", code, w.err.String())
 	}
-	for _, want := range []string{`"query":"how is bread made"`, `"limit":3`, `"group_by":"document"`, `"filter":{"must":[]}`} {
+	for _, want := range []string{`"query":"how is bread made"`, `"limit":3`, `"group_by":"document"`, `"highlight":true`, `"filter":{"must":[]}`} {
 		if !strings.Contains(body, want) {
 			t.Errorf("request lacks %s: %s", want, body)
 		}
 	}
 	out := w.out.String()
-	for _, want := range []string{" 1. kb/[2J42  chunk 1, version 3  score 0.8300  (2 chunks match)", "[0] before", "a=x  b=1", "dense    rank 1", "removed 2 candidates", "may be short"} {
+	for _, want := range []string{" 1. kb/[2J42  chunk 1, version 3  score 0.8300  (2 chunks match)", "[0] before", "a=x  b=1", "dense    rank 1", "matched terms: bread", "mode hybrid, fused by rrf with k = 60 and weights [1 2];", "removed 2 candidates", "may be short"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("output lacks %q:\n%s", want, out)
 		}
 	}
 	for line := range strings.Lines(out) {
-		if len([]rune(line)) > 81+40 {
+		if len([]rune(line)) > 81+80 {
 			t.Errorf("a line of %d: %q", len(line), line)
 		}
 	}

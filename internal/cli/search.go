@@ -25,6 +25,7 @@ func Search(ctx context.Context, e *Env) int {
 	group := set.Bool("group", false, "best chunk of each document only")
 	around := set.Int("context", 0, "chunks to show before and after each hit")
 	like := set.String("like", "", "search for neighbours of the document with this id instead of a query")
+	highlight := set.Bool("highlight", false, "show the terms of the query that a hit's sparse vector has")
 	explain := set.Bool("explain", false, "show each head's rank and score, and what the consistency join did")
 	operands, code, ok := e.parse(set)
 	query := strings.Join(operands, " ")
@@ -48,6 +49,9 @@ func Search(ctx context.Context, e *Env) int {
 	optional("mode", *mode)
 	if *group {
 		body["group_by"] = "document"
+	}
+	if *highlight {
+		body["highlight"] = true
 	}
 	if *around > 0 {
 		body["context"] = *around
@@ -101,7 +105,12 @@ type searchReply struct {
 			Score float64 `json:"score"`
 		} `json:"heads"`
 	} `json:"results"`
-	Mode        string `json:"mode"`
+	Mode   string `json:"mode"`
+	Fusion struct {
+		Method  string    `json:"method"`
+		K       int       `json:"k"`
+		Weights []float64 `json:"weights"`
+	} `json:"fusion"`
 	Consistency struct {
 		Filtered  int  `json:"filtered"`
 		Widened   int  `json:"widened"`
@@ -150,12 +159,12 @@ func (e *Env) showResults(r *searchReply, offset int, explain bool) {
 			}
 			e.printf("%s%s\n", indent, clip(printable(strings.Join(pairs, "  ")), width))
 		}
+		if len(h.Highlights) > 0 {
+			e.printf("%smatched terms: %s\n", indent, printable(strings.Join(h.Highlights, ", ")))
+		}
 		if explain {
 			for _, name := range slices.Sorted(maps.Keys(h.Heads)) {
 				e.printf("%s%-8s rank %d, score %.6f\n", indent, name, h.Heads[name].Rank, h.Heads[name].Score)
-			}
-			if len(h.Highlights) > 0 {
-				e.printf("%smatched terms: %s\n", indent, printable(strings.Join(h.Highlights, ", ")))
 			}
 			e.printf("%schunk %s\n", indent, h.ID)
 		}
@@ -165,8 +174,18 @@ func (e *Env) showResults(r *searchReply, offset int, explain bool) {
 		e.printf("The list may be short: the search ran out of time or candidates.\n")
 	}
 	if explain {
+		mode := r.Mode
+		if f := r.Fusion; f.Method != "" {
+			mode += ", fused by " + f.Method
+			if f.K > 0 {
+				mode += fmt.Sprintf(" with k = %d", f.K)
+			}
+			if len(f.Weights) > 0 {
+				mode += fmt.Sprintf(" and weights %v", f.Weights)
+			}
+		}
 		e.printf("mode %s; the join removed %d candidates, the query was widened %d times; embed %.1f ms, index %.1f ms, join %.1f ms\n",
-			r.Mode, r.Consistency.Filtered, r.Consistency.Widened, r.TimingsMS["embed"], r.TimingsMS["index"], r.TimingsMS["join"])
+			mode, r.Consistency.Filtered, r.Consistency.Widened, r.TimingsMS["embed"], r.TimingsMS["index"], r.TimingsMS["join"])
 	}
 }
 
