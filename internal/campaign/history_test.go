@@ -92,7 +92,8 @@ func (s *stats) add(o stats) {
 func newHistory(t *testing.T, r *rig, seed uint64) *history {
 	d := newDice(seed)
 	h := &history{t: t, r: r, seed: seed, d: d, p: draw(d), name: fmt.Sprintf("h%d", seed), docs: []string{"p", "q", "r/s", "t u"}}
-	h.m = newModel(h.docs, !h.p.purge)
+	// With the index that a collection lost go its tombstones, and a document's versions begin anew.
+	h.m = newModel(h.docs, !h.p.purge && h.p.loss != "collection")
 	return h
 }
 
