@@ -362,9 +362,9 @@ func (h *history) search(i *instance) {
 	defer cancel()
 	h.count(func(s *stats) { s.searches++ })
 	start := h.m.tick()
-	must := h.m.mustFind(start)
 	resp, err := find.Search(ctx, req)
 	end := h.m.tick()
+	must := h.m.mustFind(start) // asked now: a delete that began meanwhile may have been first
 	switch kind := corpus.KindOf(err); {
 	case err == nil:
 	case kind == corpus.NotFound && corpus.CodeOf(err) == "collection_not_found" && !h.p.declared && len(must) == 0:
