@@ -10,11 +10,11 @@ import (
 )
 
 type metrics struct {
-	requests                              *prometheus.CounterVec
-	seconds                               prometheus.Histogram
-	stages                                *prometheus.HistogramVec
-	results, filtered, widened, truncated prometheus.Counter
-	hinted                                prometheus.Counter
+	requests                                         *prometheus.CounterVec
+	seconds                                          prometheus.Histogram
+	stages                                           *prometheus.HistogramVec
+	results, filtered, widened, refreshed, truncated prometheus.Counter
+	hinted                                           prometheus.Counter
 }
 
 func newMetrics(reg prometheus.Registerer, c *cache) *metrics {
@@ -34,6 +34,7 @@ func newMetrics(reg prometheus.Registerer, c *cache) *metrics {
 		results:   counter("results_total", "Results shown."),
 		filtered:  counter("filtered_total", "Candidates of the index that the ledger removed: unknown, dead, waiting, or not matching the filter."),
 		widened:   counter("widened_total", "Times a query was widened because too few candidates were left."),
+		refreshed: counter("refreshed_total", "Times the index was asked again because a document switched while it answered."),
 		truncated: counter("truncated_total", "Answers that may be short, for want of time or of candidates."),
 		hinted:    counter("hints_total", "Ids handed to reconcile: dead or unknown points found, live ones missed."),
 	}

@@ -3,6 +3,7 @@ package search
 import (
 	"math"
 	"slices"
+	"time"
 
 	"github.com/lockstep-db/lockstep/internal/corpus"
 )
@@ -32,6 +33,7 @@ type query struct {
 	filtered int
 
 	widened   int
+	refreshed int
 	truncated bool
 	done      bool
 
@@ -51,6 +53,8 @@ type list struct {
 	depth, ask, limit int
 	threshold         *float64
 	scores            map[corpus.ID]float64
+	// asked is when the index was last asked, before the question left.
+	asked time.Time
 	// settled: deep enough, or nothing more to be had.
 	settled   bool
 	exhausted bool
@@ -99,10 +103,49 @@ func (l *list) take(answer []corpus.Candidate) (broken []corpus.ID) {
 	return broken
 }
 
+// maxRefreshes bounds how often a query asks the index again because documents switched
+// meanwhile. One is nearly always enough: what is in the way is a switch in the few
+// milliseconds between the question and the join.
+const maxRefreshes = 4
+
+// outrun reports whether a candidate's document moved to another version after the index was
+// asked: the answer may then hold a part of the new version's points, or none. now is when
+// the join had returned, so the comparison errs on the side of asking again.
+func (q *query) outrun(joined *corpus.Joined, place map[corpus.ID]int, now time.Time) bool {
+	for _, l := range q.lists {
+		for id := range l.scores {
+			if ago := joined.Chunks[place[id]].SwitchedAgo; ago > 0 && ago <= now.Sub(l.asked) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// refresh asks the same of the index again.
+func (q *query) refresh() {
+	q.refreshed++
+	q.truncated = true // until a later round says otherwise
+	for _, l := range q.lists {
+		l.settled = false
+	}
+}
+
 // settle takes a join of the whole list and decides whether the query is done. place gives
-// each candidate's row in the join.
-func (q *query) settle(joined *corpus.Joined, place map[corpus.ID]int) {
+// each candidate's row in the join, which had returned at now.
+func (q *query) settle(joined *corpus.Joined, place map[corpus.ID]int, now time.Time) {
 	q.sift(joined, place)
+	outrun := q.outrun(joined, place, now)
+	if outrun && q.refreshed < maxRefreshes {
+		for _, l := range q.lists {
+			if len(l.among) == 0 {
+				l.rank(q.live)
+			}
+		}
+		q.rank() // it is the answer if time runs out
+		q.refresh()
+		return
+	}
 	for {
 		deep := true
 		for _, l := range q.lists {
@@ -118,7 +161,7 @@ func (q *query) settle(joined *corpus.Joined, place map[corpus.ID]int) {
 			return
 		}
 		if !q.short() || !q.deepen() {
-			q.done, q.truncated = true, false
+			q.done, q.truncated = true, outrun
 			return
 		}
 	}

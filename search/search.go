@@ -284,6 +284,7 @@ func (b *batch) rounds(ctx context.Context, coll corpus.Collection, ix corpus.In
 
 // round does one query and one join for all open queries, and reports whether any is still open.
 func (b *batch) round(ctx context.Context, coll corpus.Collection, ix corpus.Index, queries []*query, t *timings) (bool, error) {
+	began := b.cfg.Now()
 	var asks []corpus.IndexQuery
 	var askers []*query
 	var lists []*list
@@ -291,10 +292,10 @@ func (b *batch) round(ctx context.Context, coll corpus.Collection, ix corpus.Ind
 		for _, l := range q.lists {
 			if !q.done && !l.settled {
 				asks, askers, lists = append(asks, q.ask(l, b.cfg.Exact)), append(askers, q), append(lists, l)
+				l.asked = began
 			}
 		}
 	}
-	began := b.cfg.Now()
 	if len(asks) > 0 {
 		answers, err := b.index.QueryBatch(ctx, ix, asks)
 		t.index += b.cfg.Now().Sub(began)
@@ -328,7 +329,8 @@ func (b *batch) round(ctx context.Context, coll corpus.Collection, ix corpus.Ind
 	}
 	began = b.cfg.Now()
 	joined, err := b.ledger.JoinCandidates(ctx, join)
-	t.join += b.cfg.Now().Sub(began)
+	now := b.cfg.Now()
+	t.join += now.Sub(began)
 	if err != nil {
 		return false, b.late(ctx, "the ledger", fmt.Errorf("joining candidates: %w", err))
 	}
@@ -348,8 +350,14 @@ func (b *batch) round(ctx context.Context, coll corpus.Collection, ix corpus.Ind
 		if q.done {
 			continue
 		}
-		q.settle(&joined, place)
-		if !q.done {
+		refreshed := q.refreshed
+		q.settle(&joined, place, now)
+		switch {
+		case q.done:
+		case q.refreshed > refreshed:
+			b.metrics.refreshed.Inc()
+			open = true
+		default:
 			q.widened++
 			open = true
 		}

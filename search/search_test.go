@@ -289,6 +289,43 @@ func TestRunningOutOfTimeWhileWidening(t *testing.T) {
 	}
 }
 
+// A document that switches between the index's answer and the join is shown whole: what the
+// index said is of the old version, or of a part of the new one.
+func TestASwitchWhileTheIndexAnswers(t *testing.T) {
+	t.Parallel()
+	for _, always := range []bool{false, true} {
+		w, e := oneDocument(t)
+		w.put(t, e, "other", nil, "alpha beta") // it stays, and hides that the list is short
+		w.beforeJoin = func() {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			if always || w.joins == 0 {
+				w.put(t, e, "doc", nil, "alpha one", "alpha two").switched = time.Now()
+			}
+		}
+		s := w.service(e, Config{})
+		got, err := s.Search(context.Background(), corpus.SearchRequest{Collection: "kb", Query: "alpha", Limit: 10})
+		if err != nil {
+			t.Fatal(err)
+		}
+		seen := 0
+		for _, r := range got.Results {
+			if r.ExternalID == "doc" {
+				seen++
+			}
+		}
+		if !always && (seen != 2 || w.joins != 2 || got.Truncated) {
+			t.Errorf("%d of 2 chunks after %d joins, truncated %v", seen, w.joins, got.Truncated)
+		}
+		if always && (w.joins != maxRefreshes+1 || !got.Truncated) {
+			t.Errorf("switching all the time: %d joins, truncated %v", w.joins, got.Truncated)
+		}
+		if got.Widened != 0 {
+			t.Errorf("widened %d times", got.Widened)
+		}
+	}
+}
+
 type slowIndex struct {
 	*world
 	wait func(context.Context) error

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
@@ -50,6 +51,7 @@ type wdoc struct {
 	version  int64
 	serving  []corpus.ID // nil: nothing serves
 	metadata corpus.Metadata
+	switched time.Time // as a test says
 }
 
 type wchunk struct {
@@ -138,6 +140,9 @@ func (w *world) JoinCandidates(ctx context.Context, req corpus.JoinRequest) (cor
 	for _, id := range req.Candidates {
 		j := corpus.JoinedChunk{ID: id}
 		c := w.chunks[id]
+		if c != nil && !c.doc.switched.IsZero() {
+			j.SwitchedAgo = max(1, time.Since(c.doc.switched))
+		}
 		at := -1
 		if c != nil {
 			at = slices.Index(c.doc.serving, id)

@@ -1,5 +1,7 @@
 package corpus
 
+import "time"
+
 // JoinRequest asks the ledger what candidates of an index are worth, in one statement, so
 // that everything it answers is one moment's truth.
 type JoinRequest struct {
@@ -31,10 +33,14 @@ const (
 	JoinLive
 )
 
-// JoinedChunk is one candidate's answer. All but ID and State is set for live ones only.
+// JoinedChunk is one candidate's answer. All but ID, State and SwitchedAgo is set for live ones
+// only.
 type JoinedChunk struct {
 	ID    ID
 	State JoinState
+	// SwitchedAgo is how long before the join its document, if that lives, moved to the version
+	// that serves; 0 if that was more than an hour ago.
+	SwitchedAgo time.Duration
 	// Document is the place of its document in Joined.Documents.
 	Document int
 	// Ordinal of the chunk in the serving version, from 0.

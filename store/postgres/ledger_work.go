@@ -324,8 +324,10 @@ func switchVersions(ctx context.Context, tx pgx.Tx, live liveIndexes, standing [
 	if len(waiting) == 0 {
 		return standing, nil
 	}
+	// The clock is read after the statement's snapshot showed every point to be in the index:
+	// whoever asks the index later than that sees all of them.
 	rows, err := tx.Query(ctx, `
-		UPDATE documents d SET serving_version = d.target_version FROM document_versions v
+		UPDATE documents d SET serving_version = d.target_version, switched_at = clock_timestamp() FROM document_versions v
 		WHERE d.id = ANY ($1::uuid[]) AND v.document_id = d.id AND v.version = d.target_version
 			AND NOT EXISTS (
 				SELECT 1 FROM unnest(v.chunk_ids) AS k (id)

@@ -3,6 +3,7 @@ package postgres
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -25,13 +26,15 @@ FROM (SELECT) AS one LEFT JOIN (`
 const joinBody = `
   SELECT k.n, ch.id IS NOT NULL AS known, ch.died_version IS NOT NULL AS died, v.place,
          d.id AS document, d.external_id, v.version,
+         CASE WHEN d.switched_at > clock_timestamp() - interval '1 hour'
+              THEN greatest(1, (extract(epoch FROM clock_timestamp() - d.switched_at) * 1000000)::bigint) END AS switched_us,
          CASE WHEN $5 THEN ch.text END AS text, CASE WHEN $6 THEN v.metadata END AS metadata%s
   FROM unnest($4::uuid[]) WITH ORDINALITY AS k(id, n)
   LEFT JOIN LATERAL (
     SELECT c.id, c.document_id, c.text, c.died_version FROM chunks c
     WHERE c.id = k.id AND c.collection_id = $1 LIMIT 1) ch ON true
   LEFT JOIN LATERAL (
-    SELECT o.id, o.external_id, o.serving_version FROM documents o
+    SELECT o.id, o.external_id, o.serving_version, o.switched_at FROM documents o
     WHERE o.id = ch.document_id AND o.deleted_at IS NULL LIMIT 1) d ON true
   LEFT JOIN LATERAL (
     SELECT w.version, w.metadata, w.chunk_ids, array_position(w.chunk_ids, k.id) AS place FROM document_versions w
@@ -80,10 +83,11 @@ func (s *Store) JoinCandidates(ctx context.Context, req corpus.JoinRequest) (cor
 			document       *[16]byte
 			external, text *string
 			version        *int64
+			switched       *int64 // microseconds ago
 			metadata       []byte
 			aroundIDs      [][16]byte
 			aroundTexts    []string
-			into           = []any{&standby, &out.Serving, &n, &known, &died, &place, &document, &external, &version, &text, &metadata}
+			into           = []any{&standby, &out.Serving, &n, &known, &died, &place, &document, &external, &version, &switched, &text, &metadata}
 		)
 		if req.Context > 0 {
 			into = append(into, &aroundIDs, &aroundTexts)
@@ -108,6 +112,9 @@ func (s *Store) JoinCandidates(ctx context.Context, req corpus.JoinRequest) (cor
 			c.State = corpus.JoinDead
 		default:
 			c.State = corpus.JoinWaiting
+		}
+		if switched != nil {
+			c.SwitchedAgo = time.Duration(*switched) * time.Microsecond
 		}
 		if c.State != corpus.JoinLive {
 			continue

@@ -182,6 +182,30 @@ func TestJoinCandidates(t *testing.T) {
 		}
 	})
 
+	t.Run("switched meanwhile", func(t *testing.T) {
+		for _, c := range []struct {
+			ago      string
+			min, max time.Duration
+		}{{"0", 1, time.Minute}, {"2 s", 2 * time.Second, time.Minute}, {"2 hours", 0, 0}} {
+			if _, err := r.conn.Exec(ctx, "UPDATE lockstep.documents SET switched_at = clock_timestamp() - $2::text::interval WHERE id = $1", [16]byte(b), c.ago); err != nil {
+				t.Fatal(err)
+			}
+			got, err := s.JoinCandidates(ctx, req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			// Both the dead chunk of the document and the living one say so.
+			for _, i := range []int{5, 6} {
+				if ago := got.Chunks[i].SwitchedAgo; ago < c.min || ago > c.max {
+					t.Errorf("switched %s ago: chunk %d says %v", c.ago, i, ago)
+				}
+			}
+			if got.Chunks[0].SwitchedAgo != 0 || got.Chunks[1].SwitchedAgo != 0 {
+				t.Errorf("documents that never switched: %v, %v", got.Chunks[0].SwitchedAgo, got.Chunks[1].SwitchedAgo)
+			}
+		}
+	})
+
 	t.Run("nothing asked for", func(t *testing.T) {
 		req := req
 		req.Texts, req.Metadata = false, false
