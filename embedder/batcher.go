@@ -99,6 +99,8 @@ type Batcher struct {
 	budget  int // current token budget; halved when the device runs out of memory
 	bulkRun int // query batches run since bulk last had a turn
 
+	// device is held for reading by a run, for writing by one that has to be alone there.
+	device sync.RWMutex
 	rate   atomic.Uint64 // float64 bits: tokens per second, moving average
 	began  []atomic.Int64
 	owners sync.WaitGroup
@@ -393,6 +395,10 @@ func (b *Batcher) enqueue(r *request, rows []*row) error {
 // work runs batches until the batcher is closed and drained.
 func (b *Batcher) work(self int) {
 	defer b.owners.Done()
+	// On a GPU ONNX Runtime keeps its plans for long texts by thread, without a bound: one thread
+	// for each runner, rather than whichever it wakes on, plans each shape once and keeps it once.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	for {
 		b.mu.Lock()
 		var batch []*row
@@ -460,7 +466,7 @@ func (b *Batcher) execute(batch []*row) {
 		longest = max(longest, len(w.ids))
 		b.m.wait.Observe(start.Sub(w.at).Seconds())
 	}
-	out, err := b.guard(rows, batch[0].heads)
+	out, err := b.try(rows, batch[0].heads)
 	took := b.cfg.Now().Sub(start)
 	if err == nil {
 		b.m.batch(len(batch), real, longest, b.cfg.Padded, took)
@@ -475,7 +481,7 @@ func (b *Batcher) execute(batch []*row) {
 		return
 	}
 	if corpus.CodeOf(err) == CodeOutOfMemory && len(batch) > 1 {
-		b.shrink(real)
+		b.shrink(real / 2)
 		b.execute(batch[:len(batch)/2])
 		b.execute(batch[len(batch)/2:])
 		return
@@ -490,7 +496,7 @@ func (b *Batcher) execute(batch []*row) {
 // alone gives a row a run of its own, if retry, and its own error.
 func (b *Batcher) alone(w *row, retry bool, cause error) {
 	if retry {
-		out, err := b.guard([][]uint32{w.ids}, w.heads)
+		out, err := b.try([][]uint32{w.ids}, w.heads)
 		if err == nil && out[0].Finite() {
 			b.finish(w, out[0], nil)
 			return
@@ -511,6 +517,24 @@ func errNotFinite() error {
 	return corpus.Errorf(corpus.Internal, "not_finite", "the model produced values that are not finite for this input")
 }
 
+// try runs a batch, beside others if it can. One that finds too little memory there is tried
+// again alone, so that a large neighbour cannot make a small batch fail.
+func (b *Batcher) try(rows [][]uint32, heads corpus.Heads) ([]corpus.Vectors, error) {
+	b.mu.Lock()
+	budget := b.budget
+	b.mu.Unlock()
+	b.device.RLock()
+	out, err := b.guard(rows, heads)
+	b.device.RUnlock()
+	if b.cfg.Runners == 1 || corpus.CodeOf(err) != CodeOutOfMemory {
+		return out, err
+	}
+	b.shrink(budget / 2)
+	b.device.Lock()
+	defer b.device.Unlock()
+	return b.guard(rows, heads)
+}
+
 // guard turns a panic of the runner and a short answer into errors.
 func (b *Batcher) guard(rows [][]uint32, heads corpus.Heads) (out []corpus.Vectors, err error) {
 	defer func() {
@@ -528,9 +552,10 @@ func (b *Batcher) guard(rows [][]uint32, heads corpus.Heads) (out []corpus.Vecto
 // minBudget is the smallest token budget that shrinking may leave: one long text must still run.
 const minBudget = 512
 
+// shrink lowers the budget to tokens, unless it is lower by now.
 func (b *Batcher) shrink(tokens int) {
 	b.mu.Lock()
-	b.budget = min(b.budget, max(minBudget, min(b.budget, tokens)/2))
+	b.budget = min(b.budget, max(minBudget, tokens))
 	now := b.budget
 	b.mu.Unlock()
 	b.m.outOfMemory.Inc()

@@ -6,13 +6,16 @@ import (
 	"log/slog"
 	"math"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	"go.uber.org/goleak"
 
 	"github.com/lockstep-db/lockstep/internal/corpus"
@@ -336,6 +339,53 @@ func TestOutOfMemoryHalvesTheBudget(t *testing.T) {
 	}
 	if b.budget != minBudget {
 		t.Errorf("budget is %d, want it shrunk to %d", b.budget, minBudget)
+	}
+}
+
+// A batch that does not fit beside another one runs alone; the budget is halved for both, not
+// down to half of what the small one had.
+func TestOutOfMemoryBesideAnotherBatch(t *testing.T) {
+	t.Parallel()
+	var running atomic.Int64
+	both := make(chan struct{}, 1)
+	run := &scriptRunner{fail: func(rows [][]uint32) error {
+		defer running.Add(-1)
+		if running.Add(1) > 1 {
+			both <- struct{}{}
+			return corpus.Errorf(corpus.Unavailable, CodeOutOfMemory, "too big beside the other")
+		}
+		if len(rows) > 1 {
+			<-both
+		}
+		return nil
+	}}
+	b := newBatcher(t, run, Config{BatchTokens: 4096, Runners: 2})
+	var group sync.WaitGroup
+	for _, in := range [][]string{{"large", "large"}, {"s"}} {
+		group.Go(func() {
+			if in[0] == "s" {
+				for running.Load() == 0 {
+					runtime.Gosched()
+				}
+			}
+			out, err := b.Embed(context.Background(), texts(corpus.Bulk, in...))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			for i := range out {
+				if out[i].Err != nil {
+					t.Errorf("%s: %v", in[i], out[i].Err)
+				}
+			}
+		})
+	}
+	group.Wait()
+	if b.budget != 2048 {
+		t.Errorf("budget is %d, want it halved to 2048", b.budget)
+	}
+	if got := testutil.ToFloat64(b.m.outOfMemory); got != 1 {
+		t.Errorf("out of memory was counted %v times, want 1", got)
 	}
 }
 

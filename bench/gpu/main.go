@@ -5,6 +5,7 @@
 //	gpu embed  -library LIB -model DIR -rows rows.json -heads dense,sparse,colbert -out vectors.bin
 //	gpu time   -library LIB -model DIR -peak TFLOPS -out times.json
 //	gpu http   -library LIB -model DIR -budget TOKENS
+//	gpu soak   -library LIB -model DIR -for 4h [-bound MIB]
 //
 // run.sh beside this file does it all on one machine, with the torch side in torch_side.py.
 package main
@@ -41,7 +42,7 @@ func main() {
 
 func run(args []string) error {
 	if len(args) == 0 {
-		return errors.New("name build, embed, time or http")
+		return errors.New("name build, embed, time, http or soak")
 	}
 	fs := flag.NewFlagSet("gpu "+args[0], flag.ContinueOnError)
 	checkpoint := fs.String("checkpoint", "", "checkpoint directory")
@@ -53,10 +54,16 @@ func run(args []string) error {
 	out := fs.String("out", "", "file to write")
 	peak := fs.Float64("peak", 0, "TFLOP/s of the machine's fp16 matrix product, for shares")
 	seconds := fs.Float64("seconds", 5, "least time of each measurement")
-	budget := fs.Int("budget", 64<<10, "tokens of a batch, over HTTP")
-	clients := fs.Int("clients", 8, "requests at once, over HTTP")
+	budget := fs.Int("budget", 64<<10, "tokens of a batch, over HTTP and in the soak")
+	clients := fs.Int("clients", 8, "requests at once, over HTTP and in the soak")
 	perRequest := fs.Int("per-request", 256, "texts of a request, over HTTP")
 	cpu := fs.Bool("cpu", false, "run on the CPU")
+	long := fs.Duration("for", time.Hour, "how long to soak, with the warming up")
+	warm := fs.Duration("warm", 5*time.Minute, "what of it is warming up")
+	every := fs.Duration("every", time.Minute, "time between lines of the soak")
+	draw := fs.Uint64("seed", seed, "draws the soak's texts")
+	bound := fs.Int("bound", 0, "soak also in a bound of device memory: MiB at which to begin looking for one that is tight")
+	boundTime := fs.Duration("bound-for", time.Minute, "how long to soak within the bound")
 	if err := fs.Parse(args[1:]); err != nil {
 		return err
 	}
@@ -68,6 +75,11 @@ func run(args []string) error {
 		}
 		fmt.Printf("built %s %s %s in %.1f s\n", m.Name, m.Precision, m.Fingerprint, time.Since(start).Seconds())
 		return nil
+	}
+	if args[0] == "soak" {
+		s := soak{onnx: onnx.Config{Library: *library, ModelDir: *dir, CUDA: !*cpu}, budget: *budget, seed: *draw, clients: *clients,
+			whole: *long, warm: *warm, every: *every, bound: *bound, boundTime: *boundTime}
+		return s.all()
 	}
 	start := time.Now()
 	e, err := onnx.Open(onnx.Config{Library: *library, ModelDir: *dir, CUDA: !*cpu})

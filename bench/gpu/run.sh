@@ -7,6 +7,8 @@
 #   go build -o gpu ./bench/gpu
 #   bench/gpu/run.sh torch WORK                        makes the checkpoint, times torch
 #   bench/gpu/run.sh engine WORK GPU LIBONNXRUNTIME    builds, compares and times the engine
+#   bench/gpu/run.sh soak WORK GPU LIBONNXRUNTIME -for 4h -bound 1280
+#                                                      watches memory, see the program's flags
 #
 # WORK takes 5 GB and keeps the results: torch.json, engine.json.
 set -euo pipefail
@@ -24,13 +26,18 @@ torch)
   echo "8192^3 fp16 product, TFLOP/s, burst and sustained: $(cat "$work/peak")"
   side time "$work/full" "$(cut -d' ' -f1 "$work/peak")" "$work/torch.json"
   ;;
-engine)
+engine | soak)
   gpu=$3
   export ONNXRUNTIME_LIB=$4
   # CUDA's libraries as pip installs them with torch.
   libs=$(python3 -c 'import glob, os, torch; d = os.path.dirname(os.path.dirname(torch.__file__)); print(":".join(sorted({os.path.dirname(p) for p in glob.glob(d + "/nvidia/**/lib*.so*", recursive=True)})))')
   export LD_LIBRARY_PATH="$(dirname "$ONNXRUNTIME_LIB"):$libs:${LD_LIBRARY_PATH:-}"
 
+  if [ "$stage" = soak ]; then
+    [ -d "$work/full" ] || python3 $data/make_tiny_m3.py --full "$work/full"
+    [ -d "$work/full-fp16" ] || "$gpu" build -checkpoint "$work/full" -model "$work/full-fp16"
+    exec "$gpu" soak -model "$work/full-fp16" "${@:5}"
+  fi
   "$gpu" build -checkpoint $data/tiny-m3 -model "$work/tiny-fp16"
   side goldens ids $data/m3_goldens.json "$work/ids.json"
   "$gpu" embed -model "$work/tiny-fp16" -rows "$work/ids.json" -heads dense,sparse,colbert -out "$work/vectors.bin"
@@ -50,7 +57,7 @@ engine)
   done
   ;;
 *)
-  echo "run.sh torch|engine" >&2
+  echo "run.sh torch|engine|soak" >&2
   exit 2
   ;;
 esac

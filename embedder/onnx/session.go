@@ -172,7 +172,7 @@ func newTensor[T int32 | float32](pin *runtime.Pinner, shape ort.Shape, data []T
 // code for it; these are its allocators' texts in 1.27 to 1.31 and CUDA's own.
 func runError(err error) error {
 	text := strings.ToLower(err.Error())
-	for _, sign := range []string{"failed to allocate memory", "out of memory", "bad_alloc", "available memory of"} {
+	for _, sign := range []string{"failed to allocate memory", "out of memory", "bad_alloc", "alloc_failed", "available memory of"} {
 		if strings.Contains(text, sign) {
 			return corpus.Wrap(corpus.Unavailable, CodeOutOfMemory, "the device has too little memory for this batch", err)
 		}
