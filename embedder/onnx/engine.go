@@ -24,7 +24,8 @@ type Config struct {
 	DeviceID int
 	// Threads compute one batch on the CPU; 0 takes one for each core.
 	Threads int
-	// DeviceMemory bounds what activations may take of the GPU's memory, in bytes; 0 is no bound.
+	// DeviceMemory bounds the GPU memory of each graph's arena, weights included, in bytes; 0 is
+	// no bound. What CUDA and its libraries take comes on top.
 	DeviceMemory int64
 }
 
