@@ -96,7 +96,7 @@ type Embedder struct {
 	BatchRows    int           `yaml:"batch_rows" help:"most texts of a batch; 0 is the embedder's default"`
 	QueueTokens  int           `yaml:"queue_tokens" help:"most tokens that wait or run in each lane before callers get 429; 0 is the embedder's default"`
 	AgeLimit     time.Duration `yaml:"age_limit" help:"how long a text may be passed over for better-fitting ones"`
-	DeviceMemory Bytes         `yaml:"device_memory" help:"most memory of the GPU that activations may take; 0 is no bound"`
+	DeviceMemory Bytes         `yaml:"device_memory" help:"most memory of the GPU that each of the two graphs may take, weights included; 0 is no bound"`
 }
 
 // Ingest bounds the workers that bring accepted documents into the index.
