@@ -97,6 +97,7 @@ type Batcher struct {
 	closed  bool
 	lanes   [2]lane
 	budget  int // current token budget; halved when the device runs out of memory
+	calm    int // batches that ran since the budget last changed
 	bulkRun int // query batches run since bulk last had a turn
 
 	// device is held for reading by a run, for writing by one that has to be alone there.
@@ -471,6 +472,7 @@ func (b *Batcher) execute(batch []*row) {
 	if err == nil {
 		b.m.batch(len(batch), real, longest, b.cfg.Padded, took)
 		b.learn(real, took)
+		b.regrow()
 		for i, w := range batch {
 			if !out[i].Finite() {
 				b.alone(w, len(batch) > 1, errNotFinite())
@@ -552,10 +554,28 @@ func (b *Batcher) guard(rows [][]uint32, heads corpus.Heads) (out []corpus.Vecto
 // minBudget is the smallest token budget that shrinking may leave: one long text must still run.
 const minBudget = 512
 
+// regrowAfter is how many batches have to run before a shrunk budget is doubled again: a neighbour
+// on the device may have gone, and if not, a guess that was wrong costs one retry in as many
+// batches (unmeasured on a GPU).
+const regrowAfter = 512
+
+// regrow counts a batch that ran, and raises a shrunk budget in time.
+func (b *Batcher) regrow() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.budget >= b.cfg.BatchTokens {
+		return
+	}
+	if b.calm++; b.calm >= regrowAfter {
+		b.budget, b.calm = min(b.cfg.BatchTokens, 2*b.budget), 0
+	}
+}
+
 // shrink lowers the budget to tokens, unless it is lower by now.
 func (b *Batcher) shrink(tokens int) {
 	b.mu.Lock()
 	b.budget = min(b.budget, max(minBudget, tokens))
+	b.calm = 0
 	now := b.budget
 	b.mu.Unlock()
 	b.m.outOfMemory.Inc()

@@ -340,6 +340,24 @@ func TestOutOfMemoryHalvesTheBudget(t *testing.T) {
 	if b.budget != minBudget {
 		t.Errorf("budget is %d, want it shrunk to %d", b.budget, minBudget)
 	}
+	// Memory that stays enough gives the budget back, never more than was configured.
+	for b.budget < 4096 {
+		before := b.budget
+		for range regrowAfter + 1 {
+			if _, err := b.Embed(context.Background(), texts(corpus.Bulk, "a")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if b.budget != 2*before {
+			t.Fatalf("after %d calm batches the budget went from %d to %d", regrowAfter, before, b.budget)
+		}
+	}
+	for range 2 * regrowAfter {
+		b.regrow()
+	}
+	if b.budget != 4096 {
+		t.Errorf("the budget grew to %d", b.budget)
+	}
 }
 
 // A batch that does not fit beside another one runs alone; the budget is halved for both, not
