@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/lockstep-db/lockstep/internal/corpus"
 	"github.com/lockstep-db/lockstep/store/postgres"
@@ -250,5 +251,44 @@ func TestErrorsHaveKinds(t *testing.T) {
 	cancel()
 	if _, _, err := s.ResolveCollection(canceled, "c"); corpus.KindOf(err) != corpus.Unavailable {
 		t.Errorf("cancelled: %v", err)
+	}
+}
+
+// After a restart of Postgres every pooled connection is dead, and no caller hears of it.
+func TestDeadPooledConnectionsAreReplaced(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	url := pgtest.New(t)
+	s, err := postgres.Open(ctx, postgres.Config{URL: url, MaxConns: 12}, discard())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	if _, err := s.Migrate(ctx); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := pgx.Connect(ctx, url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close(context.Background()) }) // only read from
+	for round := range 3 {
+		var held []*pgxpool.Conn
+		for range 12 {
+			c, err := s.Pool().Acquire(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			held = append(held, c)
+		}
+		for _, c := range held {
+			c.Release()
+		}
+		if _, err := conn.Exec(ctx, "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, _, err := s.EnsureCollection(ctx, fmt.Sprintf("c%d", round), corpus.Settings{}, denseLayout, "m"); err != nil {
+			t.Errorf("round %d: %v", round, err)
+		}
 	}
 }

@@ -2,6 +2,7 @@ package postgres
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"time"
@@ -114,14 +115,24 @@ const maxTries = 5
 // serialization) and what was never sent (a pooled connection had died) is run again, because
 // nothing of it happened; a connection lost at commit is not, because the outcome is unknown.
 func (s *Store) inTx(ctx context.Context, doing string, do func(tx pgx.Tx) error) error {
-	var err error
-	for range maxTries {
-		err = pgx.BeginFunc(ctx, s.pool, do)
-		if !aborted(err) && !pgconn.SafeToRetry(err) {
-			break
+	// After a restart of Postgres every pooled connection may be dead; each try finds one of them.
+	dead := int(s.pool.Stat().MaxConns()) + 1
+	for tries := 1; ; {
+		began := false
+		err := pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
+			began = true
+			return do(tx)
+		})
+		var refused *pgconn.ConnectError
+		switch {
+		case aborted(err) && tries < maxTries:
+			tries++
+		case err != nil && (!began || pgconn.SafeToRetry(err)) && !errors.As(err, &refused) && dead > 0 && ctx.Err() == nil:
+			dead--
+		default:
+			return wrap(doing, err)
 		}
 	}
-	return wrap(doing, err)
 }
 
 // uuids converts ids for use as a uuid[] parameter without copying the bytes one by one.
