@@ -254,12 +254,12 @@ func TestErrorsHaveKinds(t *testing.T) {
 	}
 }
 
-// After a restart of Postgres every pooled connection is dead, and no caller hears of it.
+// After a restart of Postgres every pooled connection may be dead, and no caller hears of it.
 func TestDeadPooledConnectionsAreReplaced(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
-	url := pgtest.New(t)
-	s, err := postgres.Open(ctx, postgres.Config{URL: url, MaxConns: 12}, discard())
+	const conns = 12
+	s, err := postgres.Open(ctx, postgres.Config{URL: pgtest.New(t), MaxConns: conns}, discard())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -267,28 +267,24 @@ func TestDeadPooledConnectionsAreReplaced(t *testing.T) {
 	if _, err := s.Migrate(ctx); err != nil {
 		t.Fatal(err)
 	}
-	conn, err := pgx.Connect(ctx, url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = conn.Close(context.Background()) }) // only read from
-	for round := range 3 {
-		var held []*pgxpool.Conn
-		for range 12 {
-			c, err := s.Pool().Acquire(ctx)
-			if err != nil {
-				t.Fatal(err)
-			}
-			held = append(held, c)
-		}
-		for _, c := range held {
-			c.Release()
-		}
-		if _, err := conn.Exec(ctx, "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"); err != nil {
+	var held []*pgxpool.Conn
+	for range conns {
+		c, err := s.Pool().Acquire(ctx)
+		if err != nil {
 			t.Fatal(err)
 		}
-		if _, _, _, err := s.EnsureCollection(ctx, fmt.Sprintf("c%d", round), corpus.Settings{}, denseLayout, "m"); err != nil {
-			t.Errorf("round %d: %v", round, err)
+		held = append(held, c)
+	}
+	for _, c := range held {
+		// Behind the pool's back: it learns of it only by using the connection.
+		if err := c.Conn().PgConn().Conn().Close(); err != nil {
+			t.Fatal(err)
 		}
+	}
+	for _, c := range held {
+		c.Release()
+	}
+	if _, _, _, err := s.EnsureCollection(ctx, "c", corpus.Settings{}, denseLayout, "m"); err != nil {
+		t.Error(err)
 	}
 }
