@@ -178,6 +178,36 @@ func (b *bundle) visible(id string) ([]string, corpus.Metadata) {
 
 func same(a, b []string) bool { return fmt.Sprint(a) == fmt.Sprint(b) }
 
+// Who waits for what was accepted before, and does not serve yet, is not told that it does when
+// the wait ends early.
+func TestAWaitThatEndsEarlyIsNotUnchanged(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	hold := make(chan struct{})
+	b.model.Gate = func(ctx context.Context, _ corpus.EmbedRequest) error {
+		select {
+		case <-hold:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	doc := texts("a", "one")
+	if r := b.ingest(false, doc)[0]; r.Status != corpus.StatusAccepted {
+		t.Fatalf("first: %+v", r)
+	}
+	ctx, cancel := context.WithTimeout(b.ctx(), 100*time.Millisecond)
+	defer cancel()
+	out, err := b.svc.Ingest(ctx, corpus.IngestRequest{Collection: "c", Documents: []corpus.DocumentInput{doc}, Wait: true})
+	if err != nil || out[0].Status != corpus.StatusAccepted || out[0].Version != 1 {
+		t.Errorf("the same again, not serving yet: %+v, %v", out, err)
+	}
+	close(hold)
+	if r := b.ingest(true, doc)[0]; r.Status != corpus.StatusUnchanged {
+		t.Errorf("once it serves: %+v", r)
+	}
+}
+
 func TestADocumentsLife(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

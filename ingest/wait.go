@@ -167,6 +167,12 @@ func (s *Service) await(ctx context.Context, collection corpus.ID, c *watch, doc
 		}
 		return len(open) == 0
 	})
+	// Unchanged would say that it serves, to a caller who waits for that.
+	for _, d := range open {
+		if out[d.place].Status == corpus.StatusUnchanged {
+			out[d.place].Status = corpus.StatusAccepted
+		}
+	}
 }
 
 // forMetadata reports that the wait is for metadata to be on the points.

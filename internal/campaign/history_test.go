@@ -297,15 +297,9 @@ func (h *history) put(ctx context.Context, i *instance, doc string, wait bool) {
 		return out[n], nil
 	}
 	r, rerr := result(0)
-	if rerr == nil && r.Status == corpus.StatusUnchanged && ctx.Err() != nil {
-		r.Status = corpus.StatusAccepted // the wait ended early
-	}
 	h.answered(o, doc, r, rerr, wait)
 	if beside != nil {
 		r, rerr := result(1)
-		if rerr == nil && r.Status == corpus.StatusUnchanged && ctx.Err() != nil {
-			r.Status = corpus.StatusAccepted
-		}
 		h.answered(beside, other, r, rerr, wait)
 	}
 }
