@@ -160,7 +160,7 @@ func (s *Service) keepLead(ctx context.Context, id corpus.ID, cancel context.Can
 		rec, err := s.ledger.GetRun(ctx, id)
 		var got bool
 		if err == nil {
-			got, err = s.ledger.LeadRun(ctx, id, s.leader, s.cfg.Lease, false)
+			got, err = s.ledger.LeadRun(ctx, id, s.leader, s.leadFor(rec.Spec.Origin), false)
 		}
 		switch {
 		case err != nil:

@@ -140,9 +140,20 @@ func (s *Service) scrubSpec(collection, origin string, depth corpus.Depth) corpu
 	}
 }
 
+// backgroundLead bounds the lease of a background run's lead, below preemptWait: what a killed
+// instance was scrubbing must not be in the way of somebody who asks. It is renewed each second.
+const backgroundLead = 10 * time.Second
+
+func (s *Service) leadFor(origin string) time.Duration {
+	if origin == "request" {
+		return s.cfg.Lease
+	}
+	return min(s.cfg.Lease, backgroundLead)
+}
+
 // background runs a spec to its end in the caller's goroutine.
 func (s *Service) background(ctx context.Context, spec corpus.RunSpec, pace *pacer) error {
-	rec, err := s.ledger.CreateRun(ctx, spec, s.clock.Now(), s.leader, s.cfg.Lease)
+	rec, err := s.ledger.CreateRun(ctx, spec, s.clock.Now(), s.leader, s.leadFor(spec.Origin))
 	if err != nil {
 		return err
 	}
@@ -165,7 +176,7 @@ func (s *Service) helpRuns(ctx context.Context, scrubPace *pacer) error {
 			continue // in another goroutine
 		}
 		if !rec.Led || rec.Leader == s.leader {
-			got, err := s.ledger.LeadRun(ctx, rec.Spec.ID, s.leader, s.cfg.Lease, false)
+			got, err := s.ledger.LeadRun(ctx, rec.Spec.ID, s.leader, s.leadFor(rec.Spec.Origin), false)
 			if err != nil {
 				return err
 			}
@@ -241,7 +252,7 @@ func (s *Service) followHints(ctx context.Context, pace *pacer) error {
 	}
 	spec := s.scrubSpec(name, "hint", corpus.Full)
 	spec.SeedsOnly = true
-	rec, err := s.ledger.CreateRun(ctx, spec, s.clock.Now(), s.leader, s.cfg.Lease)
+	rec, err := s.ledger.CreateRun(ctx, spec, s.clock.Now(), s.leader, s.leadFor(spec.Origin))
 	if err != nil {
 		s.Hint(ix, batch) // the collection is busy: later
 		return err
