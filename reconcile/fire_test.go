@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
@@ -335,4 +336,44 @@ func TestScrubOff(t *testing.T) {
 	if n != 0 {
 		t.Errorf("%d runs", n)
 	}
+}
+
+// TestRotationLeavesNothingOut: slices that met another run, or made way for one, are read
+// before those that come after them.
+func TestRotationLeavesNothingOut(t *testing.T) {
+	w := newWorld(t)
+	w.fill(0, 50)
+	cfg := w.cfg
+	cfg.Scrub = reconcile.ScrubConfig{QuickEvery: time.Hour, FullWithin: 256 * time.Millisecond, Share: 1, Tick: time.Millisecond}
+	s := reconcile.New(cfg, w.store, w.index, logger(), prometheus.NewRegistry())
+	defer s.Close()
+	ctx, cancel := context.WithCancel(w.ctx())
+	done := make(chan error, 1)
+	go func() { done <- s.Scrub(ctx) }()
+	slices := func(state string) (n int) {
+		w.must(w.db.QueryRow(w.ctx(), `SELECT count(*) FROM reconcile_runs WHERE origin = 'scrub' AND depth = 'full' AND state = $1`, state).Scan(&n))
+		return n
+	}
+	for made := 0; slices("cancelled") < 3 && made < 60; made++ {
+		more := slices("done") + 2
+		w.eventually("more slices", func() bool { return slices("done") >= more })
+		w.run(corpus.ReconcileRequest{Collection: name})
+	}
+	if slices("cancelled") < 3 {
+		t.Error("no slice ever made way: the test proves nothing")
+	}
+	cancel()
+	w.must(<-done)
+	rows, err := w.db.Query(w.ctx(), `SELECT lo FROM reconcile_runs WHERE origin = 'scrub' AND depth = 'full' AND state = 'done' ORDER BY started_at`)
+	w.must(err)
+	var lo [16]byte
+	next := 0
+	_, err = pgx.ForEachRow(rows, []any{&lo}, func() error {
+		if int(lo[0]) != next {
+			t.Errorf("slice %d was read where %d was due", lo[0], next)
+		}
+		next = (int(lo[0]) + 1) % 256
+		return nil
+	})
+	w.must(err)
 }

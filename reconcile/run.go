@@ -59,10 +59,10 @@ type scope struct {
 	target *target
 }
 
-// lead takes a run from its stage to its end and records how it ended.
-func (s *Service) lead(ctx context.Context, id corpus.ID, pace *pacer) {
-	s.setLeading(id, 1)
-	defer s.setLeading(id, -1)
+// lead takes a run from its stage to its end and records how it ended, which it returns; "" when
+// others have recorded it, or will.
+func (s *Service) lead(ctx context.Context, id corpus.ID, pace *pacer) corpus.RunState {
+	defer s.hold(id)()
 	began := s.clock.Now()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -87,14 +87,14 @@ func (s *Service) lead(ctx context.Context, id corpus.ID, pace *pacer) {
 	switch {
 	case errors.Is(err, errLostLead):
 		s.log.InfoContext(ctx, "reconcile run led elsewhere", "run", id)
-		return
+		return ""
 	case stopping && (rec.Spec.Origin == "request" || rec.Spec.ID.IsZero()):
 		// Somebody waits for it: its checkpoints stay, and another instance may lead at once.
 		s.log.InfoContext(ctx, "reconcile run left to others", "run", id)
 		if _, err := s.ledger.LeadRun(rctx, id, s.leader, 0, false); err != nil {
 			s.log.WarnContext(rctx, "giving up the lead of a reconcile run", "run", id, "error", err)
 		}
-		return
+		return ""
 	case stopping:
 		state, message = corpus.RunCancelled, "the service stopped" // the background comes round again
 	case errors.Is(err, errCancelled) && rec.Spec.Origin != "request":
@@ -114,7 +114,9 @@ func (s *Service) lead(ctx context.Context, id corpus.ID, pace *pacer) {
 		s.log.InfoContext(rctx, "reconcile run ended elsewhere", "run", id)
 	default:
 		s.ended(rctx, rec, state, err, s.clock.Now().Sub(began))
+		return state
 	}
+	return ""
 }
 
 // ended logs and counts a finished run.

@@ -116,15 +116,31 @@ func (s *Service) scrubDue(ctx context.Context, pace *pacer) error {
 	}
 	for _, name := range quick {
 		s.try(ctx, "quick check", func(ctx context.Context) error {
-			return s.background(ctx, s.scrubSpec(name, "scrub", corpus.Quick), pace)
+			return s.claimed(ctx, s.scrubSpec(name, "scrub", corpus.Quick), -1, pace)
 		})
 	}
 	for name, n := range slice {
 		spec := s.scrubSpec(name, "scrub", c.Depth)
 		spec.Lo, spec.Hi = sliceBounds(n)
-		s.try(ctx, "slice", func(ctx context.Context) error { return s.background(ctx, spec, pace) })
+		s.try(ctx, "slice", func(ctx context.Context) error { return s.claimed(ctx, spec, n, pace) })
 	}
 	return nil
+}
+
+// claimed carries out a check that DueScrubs handed out. Where another run was quicker, or a
+// request or the end of the service cut it short, it is put back: the rotation leaves nothing out.
+// A check that failed is not, lest one slice that cannot be read keeps the others from their turn.
+func (s *Service) claimed(ctx context.Context, spec corpus.RunSpec, slice int, pace *pacer) error {
+	state, err := s.background(ctx, spec, pace)
+	if corpus.CodeOf(err) == codeRunning || state == corpus.RunCancelled {
+		// Also as the service ends: the next one begins with it.
+		pctx, stop := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+		defer stop()
+		if perr := s.ledger.PutBackScrub(pctx, spec.Collections[0], slice); perr != nil {
+			return perr
+		}
+	}
+	return err
 }
 
 func sliceBounds(n int) (lo, hi corpus.ID) {
@@ -151,14 +167,15 @@ func (s *Service) leadFor(origin string) time.Duration {
 	return min(s.cfg.Lease, backgroundLead)
 }
 
-// background runs a spec to its end in the caller's goroutine.
-func (s *Service) background(ctx context.Context, spec corpus.RunSpec, pace *pacer) error {
+// background runs a spec to its end in the caller's goroutine, and returns how it ended; "" when
+// that was recorded elsewhere.
+func (s *Service) background(ctx context.Context, spec corpus.RunSpec, pace *pacer) (corpus.RunState, error) {
+	defer s.hold(spec.ID)()
 	rec, err := s.ledger.CreateRun(ctx, spec, s.clock.Now(), s.leader, s.leadFor(spec.Origin))
 	if err != nil {
-		return err
+		return "", err
 	}
-	s.lead(ctx, rec.Spec.ID, pace)
-	return nil
+	return s.lead(ctx, rec.Spec.ID, pace), nil
 }
 
 // helpRuns takes part in runs of other instances, and takes over those whose leader is gone.
@@ -252,6 +269,7 @@ func (s *Service) followHints(ctx context.Context, pace *pacer) error {
 	}
 	spec := s.scrubSpec(name, "hint", corpus.Full)
 	spec.SeedsOnly = true
+	defer s.hold(spec.ID)()
 	rec, err := s.ledger.CreateRun(ctx, spec, s.clock.Now(), s.leader, s.leadFor(spec.Origin))
 	if err != nil {
 		s.Hint(ix, batch) // the collection is busy: later

@@ -122,6 +122,7 @@ type Operator interface {
 	StampedIndexes(ctx context.Context, every time.Duration) ([]corpus.Index, error)
 	CollectionName(ctx context.Context, id corpus.ID) (string, error)
 	DueScrubs(ctx context.Context, quickEvery, sliceEvery time.Duration, slices int) (quick []string, slice map[string]int, err error)
+	PutBackScrub(ctx context.Context, collection string, slice int) error
 }
 
 // Ledger is everything reconcile asks of Postgres.
@@ -304,11 +305,18 @@ func (s *Service) spawn(f func(ctx context.Context)) bool {
 	return true
 }
 
-func (s *Service) setLeading(run corpus.ID, by int) {
+// hold says that a goroutine of this instance leads a run, or is about to, until the returned
+// function is called: others leave the run to it.
+func (s *Service) hold(run corpus.ID) (release func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.leading[run] += by; s.leading[run] == 0 {
-		delete(s.leading, run)
+	s.leading[run]++
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.leading[run]--; s.leading[run] == 0 {
+			delete(s.leading, run)
+		}
 	}
 }
 
@@ -330,6 +338,7 @@ func (s *Service) Start(ctx context.Context, req corpus.ReconcileRequest) (corpu
 	if err != nil {
 		return corpus.ID{}, err
 	}
+	defer s.hold(spec.ID)() // launch holds it as well
 	var rec corpus.RunRecord
 	err = s.insist(ctx, spec.Collections, func() (err error) {
 		rec, err = s.ledger.CreateRun(ctx, spec, s.clock.Now(), s.leader, s.cfg.Lease)
@@ -346,6 +355,7 @@ func (s *Service) resume(ctx context.Context, collection string) (corpus.ID, err
 	if err != nil {
 		return corpus.ID{}, err
 	}
+	defer s.hold(rec.Spec.ID)()
 	var got bool
 	err = s.insist(ctx, rec.Spec.Collections, func() (err error) {
 		got, err = s.ledger.LeadRun(ctx, rec.Spec.ID, s.leader, s.cfg.Lease, true)
@@ -410,8 +420,12 @@ func (s *Service) preempt(ctx context.Context, names []string) (inWay bool, err 
 }
 
 func (s *Service) launch(rec corpus.RunRecord) error {
-	pace := s.requestPace()
-	if !s.spawn(func(ctx context.Context) { s.lead(ctx, rec.Spec.ID, pace) }) {
+	pace, release := s.requestPace(), s.hold(rec.Spec.ID)
+	if !s.spawn(func(ctx context.Context) {
+		defer release()
+		s.lead(ctx, rec.Spec.ID, pace)
+	}) {
+		release()
 		return corpus.Errorf(corpus.Unavailable, "shutting_down", "the service is shutting down; the run can be resumed")
 	}
 	return nil

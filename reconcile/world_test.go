@@ -232,10 +232,19 @@ func (w *world) eventually(what string, ok func() bool) {
 	for !ok() {
 		select {
 		case <-deadline:
-			w.t.Fatalf("%s: not within 30 s", what)
+			w.t.Fatalf("%s: not within 30 s%s", what, w.lastRuns())
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
+}
+
+// lastRuns is what a failing test says about the ledger's latest runs and the rotation.
+func (w *world) lastRuns() string {
+	var runs string
+	w.must(w.db.QueryRow(w.ctx(), `SELECT coalesce(string_agg(r::text, E'\n' ORDER BY r.started_at), '') || E'\n' ||
+			(SELECT coalesce(string_agg(s::text, E'\n'), '') FROM reconcile_scrub s)
+		FROM (SELECT started_at, finished_at, origin, state, stage, depth, lo, compared, error, leader_until FROM reconcile_runs ORDER BY started_at DESC LIMIT 12) r`).Scan(&runs))
+	return "; now it is " + time.Now().Format(time.RFC3339Nano) + ", and the ledger says\n" + runs
 }
 
 // settled waits until nothing is pending and every dead point is known to be absent.

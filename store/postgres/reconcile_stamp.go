@@ -98,8 +98,13 @@ func (s *Store) CollectionName(ctx context.Context, id corpus.ID) (string, error
 	return name, wrap("reading a collection's name", err)
 }
 
-// DueScrubs returns the live collections whose quick check or next slice is due and claims
-// them in the same statement, so that one instance does each. slices is how many there are.
+// idleScrub holds for the rows of live collections that no run is looking at: what is due waits
+// for the run to end.
+const idleScrub = `c.id = x.collection_id AND c.deleted_at IS NULL AND NOT EXISTS (SELECT 1 FROM reconcile_targets t WHERE t.collection_id = c.id AND t.active)`
+
+// DueScrubs returns the live collections whose quick check or next slice is due and that no
+// run holds, and claims them in the same statement, so that one instance does each. slices is
+// how many there are.
 func (s *Store) DueScrubs(ctx context.Context, quickEvery, sliceEvery time.Duration, slices int) (quick []string, slice map[string]int, err error) {
 	slice = map[string]int{}
 	err = s.inTx(ctx, "claiming scrubs", func(tx pgx.Tx) error {
@@ -109,7 +114,7 @@ func (s *Store) DueScrubs(ctx context.Context, quickEvery, sliceEvery time.Durat
 		}
 		if quickEvery > 0 {
 			rows, err := tx.Query(ctx, `UPDATE reconcile_scrub x SET quick_at = now() FROM collections c
-				WHERE c.id = x.collection_id AND c.deleted_at IS NULL AND x.quick_at < now() - make_interval(secs => $1) RETURNING c.name`, quickEvery.Seconds())
+				WHERE `+idleScrub+` AND x.quick_at < now() - make_interval(secs => $1) RETURNING c.name`, quickEvery.Seconds())
 			if err != nil {
 				return err
 			}
@@ -121,7 +126,7 @@ func (s *Store) DueScrubs(ctx context.Context, quickEvery, sliceEvery time.Durat
 			return nil
 		}
 		rows, err := tx.Query(ctx, `UPDATE reconcile_scrub x SET slice_at = now(), next_slice = (x.next_slice + 1) % $2 FROM collections c
-			WHERE c.id = x.collection_id AND c.deleted_at IS NULL AND x.slice_at < now() - make_interval(secs => $1)
+			WHERE `+idleScrub+` AND x.slice_at < now() - make_interval(secs => $1)
 			RETURNING c.name, (x.next_slice + $2 - 1) % $2`, sliceEvery.Seconds(), slices)
 		if err != nil {
 			return err
@@ -132,4 +137,13 @@ func (s *Store) DueScrubs(ctx context.Context, quickEvery, sliceEvery time.Durat
 		return err
 	})
 	return quick, slice, err
+}
+
+// PutBackScrub makes a claimed check due again that was not carried out: the slice of that
+// number, or the quick check where it is negative.
+func (s *Store) PutBackScrub(ctx context.Context, collection string, slice int) error {
+	_, err := s.pool.Exec(ctx, `UPDATE reconcile_scrub x SET quick_at = CASE WHEN $2 < 0 THEN '-infinity' ELSE quick_at END,
+			slice_at = CASE WHEN $2 < 0 THEN slice_at ELSE '-infinity' END, next_slice = CASE WHEN $2 < 0 THEN next_slice ELSE $2 END
+		FROM collections c WHERE c.id = x.collection_id AND c.deleted_at IS NULL AND c.name = $1`, collection, slice)
+	return wrap("putting a scrub back", err)
 }
