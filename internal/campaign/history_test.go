@@ -94,6 +94,7 @@ func newHistory(t *testing.T, r *rig, seed uint64) *history {
 	h := &history{t: t, r: r, seed: seed, d: d, p: draw(d), name: fmt.Sprintf("h%d", seed), docs: []string{"p", "q", "r/s", "t u"}}
 	// With the index that a collection lost go its tombstones, and a document's versions begin anew.
 	h.m = newModel(h.docs, !h.p.purge && h.p.loss != "collection")
+	r.journal.begin(h.m.time)
 	return h
 }
 
@@ -206,6 +207,11 @@ func (h *history) run() stats {
 		h.conclude()
 	}
 	h.clean()
+	if h.t.Failed() {
+		for _, doc := range h.docs {
+			h.t.Logf("seed %d: %s", h.seed, h.r.journal.of(doc))
+		}
+	}
 	h.stats.histories, h.stats.slowest = 1, time.Since(begin)
 	return h.stats
 }

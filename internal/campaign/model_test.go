@@ -132,6 +132,13 @@ func (m *model) tick() int64 {
 	return m.now
 }
 
+// time is the last tick.
+func (m *model) time() int64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.now
+}
+
 // begin notes an operation that is about to be sent. reuse keeps the metadata of the
 // document's last operation.
 func (m *model) begin(doc string, kind opKind, content string, reuse bool) *op {

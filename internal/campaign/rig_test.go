@@ -51,6 +51,8 @@ type rig struct {
 	model *fake.Embedder
 	log   *slog.Logger
 
+	journal journal
+
 	mu   sync.Mutex
 	free []*host
 	all  []*host
@@ -318,7 +320,7 @@ func (r *rig) start(h *host, tp tempo, d *dice) *instance {
 	i := &instance{r: r, host: h, done: make(chan struct{})}
 	var count stepCounter
 	i.in = ingest.New(ingest.Config{
-		Ledger: h.store, Index: h.index, Embedder: r.model, Owner: r.owner,
+		Ledger: noted{h.store, &r.journal}, Index: h.index, Embedder: r.model, Owner: r.owner,
 		Workers: tp.workers, BatchPoints: tp.batch, QueueEntries: tp.queue, AcceptDocuments: tp.accept,
 		Lease: tp.lease, Poll: tp.poll, Upkeep: 2 * tp.poll, Grace: tp.grace, Drain: 200 * time.Millisecond,
 		Pause: time.Millisecond, Attempts: 50, Logger: r.log,
