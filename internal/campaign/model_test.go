@@ -113,8 +113,9 @@ type docModel struct {
 }
 
 type shown struct {
-	ops []*op
-	end int64
+	ops     []*op
+	version int64
+	end     int64
 }
 
 func newModel(docs []string, versioned bool) *model {
@@ -236,6 +237,11 @@ func (m *model) look(doc string, s seen) string {
 	if len(cands) == 0 {
 		return fmt.Sprintf("P1: %s shows %v with metadata %d, which no operation left\n%s", doc, s.texts, s.value, d)
 	}
+	for _, sh := range d.shown {
+		if m.versioned && sh.end < s.start && sh.version > s.version {
+			return fmt.Sprintf("P2: a search in [%d,%d] shows %s at version %d; by tick %d one had shown version %d\n%s", s.start, s.end, doc, s.version, sh.end, sh.version, d)
+		}
+	}
 	why := ""
 	var ok []*op
 	for _, c := range cands {
@@ -248,7 +254,7 @@ func (m *model) look(doc string, s seen) string {
 	if len(ok) == 0 {
 		return fmt.Sprintf("P2: a search in [%d,%d] shows %s at version %d with %v and metadata %d:%s\n%s", s.start, s.end, doc, s.version, s.texts, s.value, why, d)
 	}
-	d.shown = append(d.shown, shown{ok, s.end})
+	d.shown = append(d.shown, shown{ok, s.version, s.end})
 	return ""
 }
 

@@ -15,6 +15,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/lockstep-db/lockstep/internal/corpus"
+	"github.com/lockstep-db/lockstep/internal/faults"
 	"github.com/lockstep-db/lockstep/store/postgres"
 	"github.com/lockstep-db/lockstep/store/postgres/pgtest"
 )
@@ -286,5 +287,61 @@ func TestDeadPooledConnectionsAreReplaced(t *testing.T) {
 	}
 	if _, _, _, err := s.EnsureCollection(ctx, "c", corpus.Settings{}, denseLayout, "m"); err != nil {
 		t.Error(err)
+	}
+}
+
+// A transaction whose commit may have happened is not run again: its caller is told that the
+// outcome is not known. One that Postgres aborted at its commit is.
+func TestLostCommitIsNotRepeated(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	script := faults.NewScript()
+	proxy, through, err := faults.NewPostgresURL(pgtest.New(t), script, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = proxy.Close() })
+	s, err := postgres.Open(ctx, postgres.Config{URL: through, MaxConns: 2}, discard())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	if _, err := s.Pool().Exec(ctx, "CREATE SCHEMA lockstep; CREATE TABLE done (what text)"); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		fault faults.Fault
+		known bool // that nothing happened
+	}{
+		{faults.Fault{Kind: faults.DropReply}, false},
+		{faults.Fault{Kind: faults.DropRequest}, false},
+		{faults.Fault{Kind: faults.Hold}, false},
+		{faults.Fault{Kind: faults.DisconnectAfter}, false},
+		{faults.Fault{Kind: faults.Refuse, Class: "fatal_shutdown"}, false},
+		{faults.Fault{Kind: faults.Refuse, Class: "serialization"}, true},
+		{faults.Fault{Kind: faults.Refuse, Class: "deadlock"}, true},
+	} {
+		what := string(c.fault.Kind) + c.fault.Class
+		script.Add(faults.Rule{Op: "commit", Fault: c.fault})
+		runs := 0
+		err := s.InTx(ctx, func(tx pgx.Tx) error {
+			runs++
+			_, err := tx.Exec(ctx, "INSERT INTO done VALUES ($1)", what)
+			return err
+		})
+		proxy.ReleaseAll()
+		var done int
+		if err := s.Pool().QueryRow(ctx, "SELECT count(*) FROM done WHERE what = $1", what).Scan(&done); err != nil {
+			t.Fatal(err)
+		}
+		switch {
+		case c.known && (err != nil || runs != 2 || done != 1):
+			t.Errorf("%s: run %d times, done %d times: %v", what, runs, done, err)
+		case !c.known && (corpus.KindOf(err) != corpus.Unavailable || runs != 1 || done > 1):
+			t.Errorf("%s: run %d times, done %d times: %v", what, runs, done, err)
+		}
+		if took := proxy.Counts()[c.fault.Kind]; took == 0 {
+			t.Errorf("%s: the fault never took effect", what)
+		}
 	}
 }

@@ -114,20 +114,24 @@ const maxTries = 5
 // inTx runs do in a READ COMMITTED transaction and commits. What Postgres aborted (deadlock,
 // serialization) and what was never sent (a pooled connection had died) is run again, because
 // nothing of it happened; a connection lost at commit is not, because the outcome is unknown.
+// Nor is pgconn.SafeToRetry believed then: pgx 5.12 peeks at the answer of a simple query,
+// forgets that error, and calls the lost answer "conn closed", which it says is safe.
 func (s *Store) inTx(ctx context.Context, doing string, do func(tx pgx.Tx) error) error {
 	// After a restart of Postgres every pooled connection may be dead; each try finds one of them.
 	dead := int(s.pool.Stat().MaxConns()) + 1
 	for tries := 1; ; {
-		began := false
+		began, committing := false, false
 		err := pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
 			began = true
-			return do(tx)
+			err := do(tx)
+			committing = err == nil
+			return err
 		})
 		var refused *pgconn.ConnectError
 		switch {
 		case aborted(err) && tries < maxTries:
 			tries++
-		case err != nil && (!began || pgconn.SafeToRetry(err)) && !errors.As(err, &refused) && dead > 0 && ctx.Err() == nil:
+		case err != nil && !committing && (!began || pgconn.SafeToRetry(err)) && !errors.As(err, &refused) && dead > 0 && ctx.Err() == nil:
 			dead--
 		default:
 			return wrap(doing, err)
