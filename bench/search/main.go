@@ -1,6 +1,7 @@
 // Command search measures the read path, with the model's cost taken out or in: k = 10 over many
 // chunks, over HTTP, beside a bare go-client loop that sends the same vectors to the same index.
-// Both run in turns, in one process on the same cores; ratios are printed. With -load, searches run
+// Both run in turns, in one process on the same cores; ratios are printed, and the recall of the
+// index's approximate search against its exact one. With -load, searches run
 // idle and under full ingestion in turns, for the ratio of their p99.
 //
 // The index is QDRANT_URL's server if set, else a qdrant on PATH, else the embedded one, which
@@ -198,6 +199,43 @@ func (b *bench) besideBare(ctx context.Context, rounds int, turn time.Duration, 
 	}
 	slices.Sort(ratios)
 	fmt.Printf("searches/s over the bare loop's: median %.2f (min %.2f, max %.2f)\n", ratios[len(ratios)/2], ratios[0], ratios[len(ratios)-1])
+	exact := func(i int) ([]string, error) {
+		using := "dense"
+		got, err := client.Query(ctx, &qc.QueryPoints{CollectionName: name, Query: qc.NewQueryDense(vectors[i].Vectors.Dense),
+			Using: &using, Limit: qc.PtrOf(uint64(10)), Params: &qc.SearchParams{Exact: qc.PtrOf(true)}})
+		ids := make([]string, len(got))
+		for j, p := range got {
+			ids[j] = p.GetId().GetUuid()
+		}
+		return ids, err
+	}
+	return b.recall(ctx, min(500, len(vectors)), exact)
+}
+
+// recall prints how many of the ten nearest points Lockstep's dense searches find. It is 1 where
+// the index searches exactly, as the embedded one does.
+func (b *bench) recall(ctx context.Context, queries int, exact func(i int) ([]string, error)) error {
+	if b.mode != "dense" {
+		return nil // other modes rank otherwise
+	}
+	found, all := 0, 0
+	for i := range queries {
+		want, err := exact(i)
+		if err != nil {
+			return err
+		}
+		hits, _, err := b.ask(ctx, i)
+		if err != nil {
+			return err
+		}
+		for _, h := range hits {
+			if slices.Contains(want, h.ID) {
+				found++
+			}
+		}
+		all += len(want)
+	}
+	fmt.Printf("recall@10 against exact search, %d queries: %.4f\n", queries, float64(found)/float64(max(1, all)))
 	return nil
 }
 
@@ -296,26 +334,36 @@ func (b *bench) turn(ctx context.Context, length time.Duration, one func(context
 }
 
 func (b *bench) search(ctx context.Context, i int) (timing, error) {
+	hits, t, err := b.ask(ctx, i)
+	if err == nil && len(hits) != 10 {
+		err = fmt.Errorf("%d results, want 10", len(hits))
+	}
+	return t, err
+}
+
+// hit is what the bench reads of a result.
+type hit struct {
+	ID string `json:"id"`
+}
+
+func (b *bench) ask(ctx context.Context, i int) ([]hit, timing, error) {
 	body, err := json.Marshal(map[string]any{"collection": b.collection, "query": b.queries[i%len(b.queries)], "mode": b.mode, "limit": 10})
 	if err != nil {
-		return timing{}, err
+		return nil, timing{}, err
 	}
 	began := time.Now()
 	var reply struct {
-		Results   []json.RawMessage  `json:"results"`
+		Results   []hit              `json:"results"`
 		TimingsMS map[string]float64 `json:"timings_ms"`
 	}
 	if err := b.call(ctx, http.MethodPost, "/search", bytes.NewReader(body), &reply); err != nil {
-		return timing{}, err
+		return nil, timing{}, err
 	}
 	took := time.Since(began)
-	if len(reply.Results) != 10 {
-		return timing{}, fmt.Errorf("%d results, want 10", len(reply.Results))
-	}
 	ms := func(name string) time.Duration {
 		return time.Duration(reply.TimingsMS[name] * float64(time.Millisecond))
 	}
-	return timing{total: took, index: ms("index"), join: ms("join")}, nil
+	return reply.Results, timing{total: took, index: ms("index"), join: ms("join")}, nil
 }
 
 func (b *bench) indexName(ctx context.Context) (string, error) {
