@@ -2,6 +2,7 @@ package reconcile
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"time"
 
@@ -127,18 +128,16 @@ func (s *Service) scrubDue(ctx context.Context, pace *pacer) error {
 	return nil
 }
 
-// claimed carries out a check that DueScrubs handed out. Where another run was quicker, or a
-// request or the end of the service cut it short, it is put back: the rotation leaves nothing out.
-// A check that failed is not, lest one slice that cannot be read keeps the others from their turn.
+// claimed carries out a check that DueScrubs handed out. Where it could not begin, or a request or
+// the end of the service cut it short, it is put back: the rotation leaves nothing out. A check
+// that failed is not, lest one slice that cannot be read keeps the others from their turn.
 func (s *Service) claimed(ctx context.Context, spec corpus.RunSpec, slice int, pace *pacer) error {
 	state, err := s.background(ctx, spec, pace)
-	if corpus.CodeOf(err) == codeRunning || state == corpus.RunCancelled {
+	if err != nil || state == corpus.RunCancelled {
 		// Also as the service ends: the next one begins with it.
 		pctx, stop := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 		defer stop()
-		if perr := s.ledger.PutBackScrub(pctx, spec.Collections[0], slice); perr != nil {
-			return perr
-		}
+		err = errors.Join(s.ledger.PutBackScrub(pctx, spec.Collections[0], slice), err)
 	}
 	return err
 }
