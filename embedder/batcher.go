@@ -51,7 +51,8 @@ type Config struct {
 	Runners int
 	// QueueTokens bounds the tokens waiting or running, for each lane.
 	QueueTokens int
-	// AgeLimit is how long a row may be passed over in favour of better-fitting ones.
+	// AgeLimit is how long a bulk row may be passed over in favour of better-fitting ones. Queries
+	// run in the order in which they came, each batch with those that fit its oldest.
 	AgeLimit time.Duration
 	// Now is the clock; nil means time.Now.
 	Now func() time.Time
@@ -439,7 +440,11 @@ func (b *Batcher) next() []*row {
 		} else {
 			b.bulkRun++
 		}
-		batch := l.take(shape{budget: b.budget, rows: b.cfg.BatchRows, padded: b.cfg.Padded}, now, b.cfg.AgeLimit)
+		passedOver := b.cfg.AgeLimit
+		if l == query {
+			passedOver = 0 // somebody waits for each of them
+		}
+		batch := l.take(shape{budget: b.budget, rows: b.cfg.BatchRows, padded: b.cfg.Padded}, now, passedOver)
 		live := batch[:0]
 		for _, w := range batch {
 			if w.req.ctx.Err() != nil {

@@ -220,6 +220,35 @@ func TestQueriesRunBeforeBulkAndBulkIsNotStarved(t *testing.T) {
 	}
 }
 
+// TestQueriesRunInTheirOrder: a short query does not wait for all longer ones that come after it.
+func TestQueriesRunInTheirOrder(t *testing.T) {
+	t.Parallel()
+	run := &scriptRunner{entered: make(chan struct{}, 100), release: make(chan struct{}, 100)}
+	b := newBatcher(t, run, Config{BatchTokens: 64, BatchRows: 2, AgeLimit: time.Hour, Padded: true})
+	var callers sync.WaitGroup
+	ask := func(text string) {
+		callers.Go(func() { _, _ = b.Embed(context.Background(), texts(corpus.Query, text)) })
+	}
+	waiting := func(n int) {
+		waitFor(t, func() bool { b.mu.Lock(); defer b.mu.Unlock(); return b.lanes[corpus.Query].rows == n })
+	}
+	ask("hold")
+	<-run.entered
+	long := strings.Repeat("l", 30)
+	for i, text := range []string{"short", long, long, "brief", long} {
+		ask(text)
+		waiting(i + 1)
+	}
+	for range 100 {
+		run.release <- struct{}{}
+	}
+	callers.Wait()
+	want := [][]int{{6}, {7, 7}, {32, 32}, {32}}
+	if got := run.seen(); !slices.EqualFunc(got, want, slices.Equal) {
+		t.Errorf("batches of %v; want %v", got, want)
+	}
+}
+
 func TestFullQueueRefusesWhole(t *testing.T) {
 	t.Parallel()
 	run := &scriptRunner{entered: make(chan struct{}, 10), release: make(chan struct{}, 10)}

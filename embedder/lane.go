@@ -75,14 +75,14 @@ func (s *set) skipTaken() {
 }
 
 // take removes a batch: rows of like length, starting from the longest that waits, or from
-// the oldest row when that has been passed over for longer than the age limit.
+// the oldest row when that has been passed over for as long as the age limit.
 func (l *lane) take(sh shape, now time.Time, ageLimit time.Duration) []*row {
 	s := l.oldest()
 	if s == nil {
 		return nil
 	}
 	anchor := s.lengths[len(s.lengths)-1]
-	if first := s.byAge[0]; now.Sub(first.at) > ageLimit {
+	if first := s.byAge[0]; now.Sub(first.at) >= ageLimit {
 		anchor = len(first.ids)
 	}
 	at, _ := slices.BinarySearch(s.lengths, anchor)
