@@ -242,6 +242,7 @@ func (b *bench) recall(ctx context.Context, queries int, exact func(i int) ([]st
 // underLoad compares idle turns with turns under ingestion.
 func (b *bench) underLoad(ctx context.Context, rounds int, turn time.Duration, n int) error {
 	var ratios []float64
+	next := n // document of the load: each turn goes on where the last one ended
 	for round := range rounds {
 		idle, err := b.turn(ctx, turn, b.search)
 		if err != nil {
@@ -251,9 +252,9 @@ func (b *bench) underLoad(ctx context.Context, rounds int, turn time.Duration, n
 		var wg sync.WaitGroup
 		var ingested atomic.Int64
 		wg.Go(func() {
-			for i := 0; loading.Err() == nil; i++ {
+			for ; loading.Err() == nil; next += 200 {
 				// Other texts into another collection: searches see the same data in every turn.
-				if b.ingest(loading, "load", n+i*200, 200) == nil {
+				if b.ingest(loading, "load", next, 200) == nil {
 					ingested.Add(200)
 				}
 			}
