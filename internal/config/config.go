@@ -95,7 +95,7 @@ type Embedder struct {
 	BatchTokens  int           `yaml:"batch_tokens" help:"token budget of a batch; 0 is what the device was measured to like"`
 	BatchRows    int           `yaml:"batch_rows" help:"most texts of a batch; 0 is the embedder's default"`
 	QueueTokens  int           `yaml:"queue_tokens" help:"most tokens that wait or run in each lane before callers get 429; 0 is the embedder's default"`
-	AgeLimit     time.Duration `yaml:"age_limit" help:"how long a text may be passed over for better-fitting ones"`
+	AgeLimit     time.Duration `yaml:"age_limit" help:"how long a text of bulk may be passed over for better-fitting ones"`
 	DeviceMemory Bytes         `yaml:"device_memory" help:"most memory of the GPU that each of the two graphs may take, weights included; 0 is no bound"`
 }
 
