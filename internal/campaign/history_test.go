@@ -511,8 +511,8 @@ func (h *history) judge(rep corpus.RunReport) {
 }
 
 // revived reports whether late requests may make a dropped Qdrant collection again, in part or
-// whole: those that first created it, as instances do side by side in a history that did not
-// declare it. It is told, and left to the operator (docs/consistency.md, what is not promised).
+// whole: those that first created it, as instances do side by side when it is new or built
+// anew. It is told, and left to the operator (docs/consistency.md, what is not promised).
 func (h *history) revived() bool { return h.p.loss == "collection" }
 
 // damage does to the index what the history's profile says, behind everybody's back.
