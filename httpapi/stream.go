@@ -148,7 +148,7 @@ func (st *stream) stop(cancel context.CancelFunc, linger time.Duration) {
 		}
 		// The reader may be waiting for the network. It looks at over after each deadline that
 		// it sets itself, so the last deadline is one of ours.
-		deadline(st.ctl.SetReadDeadline, linger)
+		deadline(st.ctl.SetReadDeadline, 2*linger)
 	})
 	<-st.read
 }
@@ -274,8 +274,24 @@ func (st *stream) readLines(ctx context.Context) {
 	}
 	<-st.over
 	if st.linger > 0 {
-		deadline(st.ctl.SetReadDeadline, st.linger)
-		_, _ = io.CopyN(io.Discard, r, lingerBytes)
+		st.throwAway(r)
+	}
+}
+
+// throwAway reads on while the caller sends, up to the limits. It ends between two reads, not
+// by a deadline, which is why the deadline is twice as far: net/http closes a connection
+// gently, after a pause, only when it finds that more of the body is there to be read, and
+// cannot look after a read has failed.
+func (st *stream) throwAway(r io.Reader) {
+	deadline(st.ctl.SetReadDeadline, 2*st.linger)
+	buf := make([]byte, 64<<10)
+	start := time.Now()
+	for n := 0; n < lingerBytes && time.Since(start) < st.linger; {
+		m, err := r.Read(buf)
+		if err != nil {
+			return
+		}
+		n += m
 	}
 }
 

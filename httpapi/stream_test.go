@@ -245,20 +245,46 @@ func TestStreamErrorsBeforeAndAfterTheFirstAnswer(t *testing.T) {
 	b.want(b.do("POST", "/documents", "\n\n", "Content-Type", ndjson), 400, "empty_input", "")
 }
 
-// TestStreamThatEndsEarlyIsStillRead: the caller goes on sending and has to see the reason.
+// TestStreamThatEndsEarlyIsStillRead: the caller goes on sending and has to see the reason,
+// whether the end comes by what is read on or, of a slower caller, by the time.
 func TestStreamThatEndsEarlyIsStillRead(t *testing.T) {
 	t.Parallel()
-	b := setup(t, func(_ *Config, b *bench) {
-		n := 0
-		b.ledger.fail = func(string) error {
-			n++
-			if n > 3 {
-				return corpus.Errorf(corpus.Conflict, "collection_stopped", "stopped")
-			}
-			return nil
-		}
-	})
-	a := b.send("POST", "/documents", &endless{n: 1 << 30, size: 200}, "Content-Type", ndjson)
+	for name, body := range map[string]io.Reader{
+		"fast": &endless{n: 1 << 30, size: 200},
+		"slow": &paced{Reader: &endless{n: 1 << 30, size: 64 << 10}, every: time.Millisecond},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			testStreamThatEndsEarly(t, body)
+		})
+	}
+}
+
+// paced is a reader at a steady rate.
+type paced struct {
+	io.Reader
+	every time.Duration
+}
+
+func (p *paced) Read(b []byte) (int, error) {
+	time.Sleep(p.every)
+	return p.Reader.Read(b)
+}
+
+// stoppingLedger takes the stream's first document and, whatever overtakes it, nothing after.
+type stoppingLedger struct{ *ledger }
+
+func (l *stoppingLedger) Ingest(ctx context.Context, req corpus.IngestRequest) ([]corpus.DocumentResult, error) {
+	if req.Documents[0].ID != "doc-1" {
+		return nil, corpus.Errorf(corpus.Conflict, "collection_stopped", "stopped")
+	}
+	return l.ledger.Ingest(ctx, req)
+}
+
+func testStreamThatEndsEarly(t *testing.T, body io.Reader) {
+	b := setup(t, nil)
+	b.server.deps.Ingester = &stoppingLedger{ledger: b.ledger}
+	a := b.send("POST", "/documents", body, "Content-Type", ndjson)
 	all := lines(t, a.body)
 	if last := all[len(all)-1]; a.status != 200 || last["error"] == nil || last["status"] != nil {
 		t.Errorf("%d, last line %v", a.status, last)
