@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 	"time"
 
@@ -49,7 +50,6 @@ func (w *work) prepare(ctx context.Context) error {
 }
 
 func (w *work) prepareScope(ctx context.Context, t *target, sc *scope) ([]corpus.RunRange, error) {
-	now := w.clock.Now()
 	var exists bool
 	var drift []string
 	err := w.pace.retry(ctx, func() (err error) {
@@ -63,9 +63,7 @@ func (w *work) prepareScope(ctx context.Context, t *target, sc *scope) ([]corpus
 		return nil, w.lostIndex(ctx, sc)
 	}
 	if len(drift) > 0 {
-		f := corpus.Finding{Kind: corpus.ConfigDrift, ID: sc.ix.ID, SeenAt: now, ConfirmedAt: now,
-			Detail: fmt.Sprintf("Qdrant collection %s is not as it was made: %s", sc.ix.QdrantName, strings.Join(drift, "; "))}
-		if err := w.ledger.AddFindings(ctx, w.spec.ID, sc.ix, []corpus.Finding{f}); err != nil {
+		if err := w.drifted(ctx, sc, drift); err != nil {
 			return nil, err
 		}
 	}
@@ -96,6 +94,33 @@ func (w *work) prepareScope(ctx context.Context, t *target, sc *scope) ([]corpus
 		out = append(out, corpus.RunRange{Run: w.spec.ID, Index: sc.ix.ID, Lo: b[0], Hi: b[1], Stage: first})
 	}
 	return out, nil
+}
+
+// drifted reports that a Qdrant collection is not as it was made. A repairing run adds payload
+// indexes that are missing, which takes nothing away; what else differs stays.
+func (w *work) drifted(ctx context.Context, sc *scope, drift []string) error {
+	now := w.clock.Now()
+	f := []corpus.Finding{{Kind: corpus.ConfigDrift, ID: sc.ix.ID, SeenAt: now, ConfirmedAt: now, Detail: notAsMade(sc.ix, drift)}}
+	if err := w.ledger.AddFindings(ctx, w.spec.ID, sc.ix, f); err != nil || !w.spec.Repair {
+		return err
+	}
+	err := w.pace.retry(ctx, func() (err error) {
+		if err = w.index.CreatePayloadIndexes(ctx, sc.ix); err == nil {
+			_, drift, err = w.index.DescribeIndex(ctx, sc.ix)
+		}
+		return err
+	})
+	switch {
+	case err != nil:
+		return fmt.Errorf("adding payload indexes: %w", err)
+	case len(drift) > 0:
+		return w.outcome(ctx, sc.ix.ID, nil, nil, f, []string{notAsMade(sc.ix, drift)})
+	}
+	return w.outcome(ctx, sc.ix.ID, f, []string{""}, nil, nil)
+}
+
+func notAsMade(ix corpus.Index, drift []string) string {
+	return fmt.Sprintf("Qdrant collection %s is not as it was made: %s", ix.QdrantName, strings.Join(drift, "; "))
 }
 
 // seed makes suspects of what earlier runs left unrepaired, and of work that lies overdue.
@@ -278,47 +303,18 @@ func (s *Service) checkStamp(ctx context.Context, ix corpus.Index) (why string, 
 	return why, nil
 }
 
+// stray is a Qdrant collection of ours that no index of the ledger has.
+type stray struct {
+	why     string
+	dropped bool // the ledger had one of that name dropped
+}
+
 // orphanIndexes reports Qdrant collections that carry our prefix and our stamp, or none, and
-// that the ledger does not know. They are listed under the run's first collection.
+// that no index of the ledger has. They are listed under the run's first collection. Those
+// whose names the ledger has retired are dropped again by a repairing run; what it does not
+// know may be a lost history's, or another installation's that has not been stamped yet.
 func (w *work) orphanIndexes(ctx context.Context) error {
-	look := func() (map[string]string, error) {
-		var names []string
-		err := w.pace.retry(ctx, func() (err error) {
-			names, err = w.index.ListOurCollections(ctx, w.cfg.IndexPrefix)
-			return err
-		})
-		if err != nil || len(names) == 0 {
-			return nil, err
-		}
-		known, err := w.ledger.KnownQdrantNames(ctx, names)
-		if err != nil {
-			return nil, err
-		}
-		unknown := map[string]string{}
-		for _, n := range names {
-			unknown[n] = ""
-		}
-		for _, n := range known {
-			delete(unknown, n)
-		}
-		for n := range unknown {
-			st, ok, err := w.index.ReadStamp(ctx, corpus.Index{QdrantName: n})
-			switch {
-			case corpus.KindOf(err) == corpus.NotFound:
-				delete(unknown, n)
-			case err != nil:
-				return nil, err
-			case !ok:
-				unknown[n] = "carries our prefix and no stamp"
-			case st.Installation != w.cfg.Owner:
-				delete(unknown, n) // another installation's business
-			default:
-				unknown[n] = "carries our stamp of " + st.At.UTC().Format("2006-01-02 15:04:05Z")
-			}
-		}
-		return unknown, nil
-	}
-	first, err := look()
+	first, err := w.strays(ctx)
 	if err != nil || len(first) == 0 {
 		return err
 	}
@@ -326,21 +322,86 @@ func (w *work) orphanIndexes(ctx context.Context) error {
 	if err := w.clock.Sleep(ctx, w.cfg.Grace); err != nil {
 		return err
 	}
-	again, err := look()
+	again, err := w.strays(ctx)
 	if err != nil {
 		return err
 	}
-	var found []corpus.Finding
-	for n, why := range again {
-		if _, ok := first[n]; ok {
-			found = append(found, corpus.Finding{Kind: corpus.OrphanIndex, ID: nameID(n), SeenAt: seen, ConfirmedAt: w.clock.Now(),
-				Detail: fmt.Sprintf("Qdrant collection %s %s and the ledger does not know it", n, why)})
+	var found, drop []corpus.Finding
+	var names []string
+	for n, s := range again {
+		if _, ok := first[n]; !ok {
+			continue
+		}
+		f := corpus.Finding{Kind: corpus.OrphanIndex, ID: nameID(n), SeenAt: seen, ConfirmedAt: w.clock.Now(),
+			Detail: fmt.Sprintf("Qdrant collection %s %s", n, s.why)}
+		if found = append(found, f); s.dropped {
+			drop, names = append(drop, f), append(names, n)
 		}
 	}
 	if len(found) == 0 {
 		return nil
 	}
-	return w.ledger.AddFindings(ctx, w.spec.ID, corpus.Index{ID: nameID("orphan indexes"), Collection: w.targets[0].Collection}, found)
+	under := corpus.Index{ID: nameID("orphan indexes"), Collection: w.targets[0].Collection}
+	if err := w.ledger.AddFindings(ctx, w.spec.ID, under, found); err != nil || !w.spec.Repair || len(drop) == 0 {
+		return err
+	}
+	for _, n := range names {
+		if err := w.pace.retry(ctx, func() error { return w.index.DropIndex(ctx, corpus.Index{QdrantName: n}) }); err != nil {
+			return fmt.Errorf("dropping %s: %w", n, err)
+		}
+	}
+	left, err := w.strays(ctx)
+	if err != nil {
+		return err
+	}
+	var good, bad []corpus.Finding
+	var badWhy []string
+	for i, f := range drop {
+		if _, ok := left[names[i]]; ok {
+			bad, badWhy = append(bad, f), append(badWhy, f.Detail+"; it was dropped and is there again")
+		} else {
+			good = append(good, f)
+		}
+	}
+	return w.outcome(ctx, under.ID, good, make([]string, len(good)), bad, badWhy)
+}
+
+// strays finds them by name.
+func (w *work) strays(ctx context.Context) (map[string]stray, error) {
+	var names []string
+	err := w.pace.retry(ctx, func() (err error) {
+		names, err = w.index.ListOurCollections(ctx, w.cfg.IndexPrefix)
+		return err
+	})
+	if err != nil || len(names) == 0 {
+		return nil, err
+	}
+	known, dropped, err := w.ledger.KnownQdrantNames(ctx, names)
+	if err != nil {
+		return nil, err
+	}
+	out := map[string]stray{}
+	for _, n := range names {
+		if slices.Contains(known, n) {
+			continue
+		}
+		st, ok, err := w.index.ReadStamp(ctx, corpus.Index{QdrantName: n})
+		if corpus.KindOf(err) == corpus.NotFound || ok && st.Installation != w.cfg.Owner {
+			continue // gone, or another installation's business
+		}
+		if err != nil {
+			return nil, err
+		}
+		switch {
+		case slices.Contains(dropped, n):
+			out[n] = stray{"was retired and dropped, and is there again: a request to create it arrived late", true}
+		case ok:
+			out[n] = stray{"carries our stamp of " + st.At.UTC().Format("2006-01-02 15:04:05Z") + " and the ledger does not know it", false}
+		default:
+			out[n] = stray{"carries our prefix and no stamp, and the ledger does not know it", false}
+		}
+	}
+	return out, nil
 }
 
 func (w *work) judge(sc *scope, facts corpus.RollbackFacts) judge {

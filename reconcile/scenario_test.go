@@ -118,16 +118,38 @@ func TestRepairThatReadsBackWrong(t *testing.T) {
 	w.startIngest()
 }
 
-func TestConfigDriftIsReported(t *testing.T) {
+func TestPayloadIndexesAreAddedAgain(t *testing.T) {
 	w := newWorld(t)
 	w.fill(0, 5)
-	_, err := w.raw.DeleteFieldIndex(w.ctx(), &qc.DeleteFieldIndexCollection{CollectionName: w.ix().QdrantName, FieldName: corpus.KeyGen, Wait: qc.PtrOf(true)})
-	w.must(err)
+	for _, key := range []string{corpus.KeyGen, corpus.KeyOwner} {
+		_, err := w.raw.DeleteFieldIndex(w.ctx(), &qc.DeleteFieldIndexCollection{CollectionName: w.ix().QdrantName, FieldName: key, Wait: qc.PtrOf(true)})
+		w.must(err)
+	}
 	for _, repair := range []bool{false, true} {
 		_, found := w.run(corpus.ReconcileRequest{Collection: name, Depth: corpus.Full, Repair: repair})
 		only(t, found, map[corpus.FindingKind]int{corpus.ConfigDrift: 1})
-		if remaining(found) != 1 {
-			t.Error("drift was counted as repaired")
+		if (remaining(found) == 0) != repair {
+			t.Errorf("repair %v: %+v", repair, found)
+		}
+	}
+	rep, found := w.run(corpus.ReconcileRequest{Collection: name, Depth: corpus.Full})
+	clean(t, rep, found)
+}
+
+// TestOtherDriftIsReported: what is of another kind than it was made is somebody's decision.
+func TestOtherDriftIsReported(t *testing.T) {
+	w := newWorld(t)
+	w.fill(0, 5)
+	at := w.ix().QdrantName
+	_, err := w.raw.DeleteFieldIndex(w.ctx(), &qc.DeleteFieldIndexCollection{CollectionName: at, FieldName: corpus.KeyGen, Wait: qc.PtrOf(true)})
+	w.must(err)
+	_, err = w.raw.CreateFieldIndex(w.ctx(), &qc.CreateFieldIndexCollection{CollectionName: at, FieldName: corpus.KeyGen, FieldType: qc.FieldType_FieldTypeFloat.Enum(), Wait: qc.PtrOf(true)})
+	w.must(err)
+	for _, repair := range []bool{false, true, false} {
+		_, found := w.run(corpus.ReconcileRequest{Collection: name, Depth: corpus.Full, Repair: repair})
+		only(t, found, map[corpus.FindingKind]int{corpus.ConfigDrift: 1})
+		if remaining(found) != 1 || !strings.Contains(found[0].Detail, corpus.KeyGen) {
+			t.Errorf("repair %v: %+v", repair, found)
 		}
 	}
 }
@@ -179,6 +201,40 @@ func TestOrphanIndexIsReported(t *testing.T) {
 			t.Errorf("%s was touched: %v %v", n, ok, err)
 		}
 	}
+}
+
+// TestLateCreationIsDroppedAgain: a request that first created an index arrives after the index
+// was lost, built again under another name, and dropped.
+func TestLateCreationIsDroppedAgain(t *testing.T) {
+	w := newWorld(t)
+	w.fill(0, 20)
+	w.settled()
+	lost := w.ix()
+	w.must(w.raw.DeleteCollection(w.ctx(), lost.QdrantName))
+	_, found := w.run(corpus.ReconcileRequest{Collection: name, Depth: corpus.Quick, Repair: true})
+	only(t, found, map[corpus.FindingKind]int{corpus.LostIndex: 1})
+	w.eventually("the lost index is forgotten", func() bool {
+		known, dropped, err := w.store.KnownQdrantNames(w.ctx(), []string{lost.QdrantName})
+		w.must(err)
+		return len(known) == 0 && len(dropped) == 1
+	})
+	w.must(w.index.CreateIndex(w.ctx(), lost))
+	before := w.points()
+	for _, repair := range []bool{false, true} {
+		_, found := w.run(corpus.ReconcileRequest{Depth: corpus.Quick, Repair: repair})
+		only(t, found, map[corpus.FindingKind]int{corpus.OrphanIndex: 1})
+		if (remaining(found) == 0) != repair || !strings.Contains(found[0].Detail, lost.QdrantName) && !found[0].Repaired {
+			t.Errorf("repair %v: %+v", repair, found)
+		}
+		if ok, err := w.raw.CollectionExists(w.ctx(), lost.QdrantName); err != nil || ok == repair {
+			t.Errorf("repair %v: there %v, %v", repair, ok, err)
+		}
+	}
+	if len(w.points()) != len(before) {
+		t.Error("the serving index was touched")
+	}
+	rep, found := w.run(corpus.ReconcileRequest{Depth: corpus.Quick})
+	clean(t, rep, found)
 }
 
 // orphans puts n points of ours into the index that the ledger does not know.

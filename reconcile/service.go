@@ -78,7 +78,7 @@ type RunStore interface {
 	ForgetRuns(ctx context.Context) error
 
 	TargetIndexes(ctx context.Context, collection corpus.ID) (ixs []corpus.Index, ready []bool, err error)
-	KnownQdrantNames(ctx context.Context, names []string) ([]string, error)
+	KnownQdrantNames(ctx context.Context, names []string) (known, dropped []string, err error)
 	PrepareTarget(ctx context.Context, run corpus.ID, t corpus.RunTarget, ranges []corpus.RunRange) error
 	StopTarget(ctx context.Context, run, collection corpus.ID, reason string) error
 	BrakeTarget(ctx context.Context, run, collection corpus.ID, reason string) error
@@ -159,9 +159,12 @@ type PointStore interface {
 	FindGenAbove(ctx context.Context, ix corpus.Index, gen int64, gaps [][2]int64, limit int) ([]corpus.PointState, error)
 }
 
-// Inspector looks at whole indexes.
+// Inspector looks after whole indexes.
 type Inspector interface {
 	DescribeIndex(ctx context.Context, ix corpus.Index) (exists bool, drift []string, err error)
+	// CreatePayloadIndexes makes those that are missing, in a collection that is there.
+	CreatePayloadIndexes(ctx context.Context, ix corpus.Index) error
+	DropIndex(ctx context.Context, ix corpus.Index) error
 	ListOurCollections(ctx context.Context, prefix string) ([]string, error)
 	ReadStamp(ctx context.Context, ix corpus.Index) (corpus.Stamp, bool, error)
 	WriteStamp(ctx context.Context, ix corpus.Index, st corpus.Stamp) error

@@ -512,7 +512,7 @@ func (h *history) judge(rep corpus.RunReport) {
 
 // revived reports whether late requests may make a dropped Qdrant collection again, in part or
 // whole: those that first created it, as instances do side by side when it is new or built
-// anew. It is told, and left to the operator (docs/consistency.md, what is not promised).
+// anew. A run tells it, rightly.
 func (h *history) revived() bool { return h.p.loss == "collection" }
 
 // damage does to the index what the history's profile says, behind everybody's back.

@@ -296,8 +296,9 @@ func writeCollection(p func(string, ...any), run *corpus.RunReport, c *corpus.Co
 		if n > done {
 			paragraph(p, "Why:    ", a.Cause)
 			paragraph(p, "Repair: ", a.Repair)
-			manual = manual || a.Manual
-			repairable = repairable || !a.Manual
+			yours := a.Manual || a.Partly && run.Repair
+			manual = manual || yours
+			repairable = repairable || !yours
 		}
 		for _, f := range c.Sample {
 			if f.Kind != k {

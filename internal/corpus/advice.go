@@ -9,8 +9,9 @@ type Advice struct {
 	Cause string
 	// Repair says what a repairing run does, or what a person has to do where it does nothing.
 	Repair string
-	// Manual is true where no run repairs it.
-	Manual bool
+	// Manual is true where no run repairs it; Partly, where one repairs some and the rest is a
+	// person's to decide.
+	Manual, Partly bool
 }
 
 var advice = map[FindingKind]Advice{
@@ -47,9 +48,9 @@ var advice = map[FindingKind]Advice{
 	},
 	ConfigDrift: {
 		Meaning: "The Qdrant collection is not configured as it was created: vector size, distance, named vectors or payload indexes differ.",
-		Cause:   "Somebody changed or recreated the collection by hand.",
-		Repair:  "Nothing by itself: a guess could destroy data. Undo the change in Qdrant, or delete the Qdrant collection; it is then built again under a new name.",
-		Manual:  true,
+		Cause:   "Somebody changed or recreated the collection by hand, or dropped it while it was being created.",
+		Repair:  "Adds payload indexes that are missing. Else nothing: a guess could destroy data. Undo the change in Qdrant, or delete the Qdrant collection; it is then built again under a new name.",
+		Partly:  true,
 	},
 	LostIndex: {
 		Meaning: "The Qdrant collection that serves this collection is gone.",
@@ -57,10 +58,10 @@ var advice = map[FindingKind]Advice{
 		Repair:  "Builds the index again from Postgres under a new name. Check QDRANT_URL first.",
 	},
 	OrphanIndex: {
-		Meaning: "Qdrant has a collection with our stamp that Postgres does not know. It costs memory and serves nobody.",
-		Cause:   "Postgres was restored from an older backup, or a rebuild was interrupted.",
-		Repair:  "Nothing by itself. If no other installation uses it, delete it in Qdrant.",
-		Manual:  true,
+		Meaning: "Qdrant has a collection with our prefix that Postgres does not know, or had dropped. It costs memory and serves nobody.",
+		Cause:   "A request to create it arrived after it was dropped; Postgres was restored from an older backup; or a creation was interrupted.",
+		Repair:  "Drops one whose name Postgres remembers as dropped. Else nothing: if no other installation uses it, delete it in Qdrant.",
+		Partly:  true,
 	},
 	RolledBack: {
 		Meaning: "The index holds writes that this Postgres does not remember making: Postgres was restored from an older backup, or it is the wrong one.",

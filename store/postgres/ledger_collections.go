@@ -239,7 +239,8 @@ func (s *Store) RetiredIndexes(ctx context.Context) ([]corpus.Index, error) {
 const clearBatch = 5000
 
 // ForgetIndex removes what the ledger holds of a retired index whose Qdrant collection was
-// dropped, in small transactions. It may be called again after an interruption.
+// dropped, in small transactions, except for its name. It may be called again after an
+// interruption.
 func (s *Store) ForgetIndex(ctx context.Context, index corpus.ID) error {
 	for done := false; !done; {
 		err := s.inTx(ctx, "clearing a retired index", func(tx pgx.Tx) error {
@@ -278,7 +279,8 @@ func (s *Store) ForgetIndex(ctx context.Context, index corpus.ID) error {
 			return err
 		}
 	}
-	_, err := s.pool.Exec(ctx, "DELETE FROM indexes WHERE id = $1 AND state = 'retired'", index)
+	_, err := s.pool.Exec(ctx, `WITH gone AS (DELETE FROM indexes WHERE id = $1 AND state = 'retired' RETURNING qdrant_name)
+		INSERT INTO dropped_indexes (qdrant_name) SELECT qdrant_name FROM gone`, index)
 	return wrap("forgetting a retired index", err)
 }
 

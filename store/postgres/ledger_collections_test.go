@@ -3,6 +3,7 @@ package postgres_test
 import (
 	"context"
 	"reflect"
+	"slices"
 	"sync"
 	"testing"
 
@@ -143,5 +144,13 @@ func TestDeletedCollectionsNameIsFreeWithANewID(t *testing.T) {
 	}
 	if live, err := s.Indexes(ctx); err != nil || len(live) != 1 || live[0].ID != ix2.ID {
 		t.Errorf("indexes = %v, %v", live, err)
+	}
+	if err := s.ForgetIndex(ctx, ix1.ID); err != nil {
+		t.Fatal("again:", err)
+	}
+	// Forgotten but for its name.
+	known, dropped, err := s.KnownQdrantNames(ctx, []string{ix1.QdrantName, ix2.QdrantName, "lockstep_other"})
+	if err != nil || !slices.Equal(known, []string{ix2.QdrantName}) || !slices.Equal(dropped, []string{ix1.QdrantName}) {
+		t.Errorf("known %v, dropped %v, %v", known, dropped, err)
 	}
 }

@@ -225,14 +225,13 @@ func (s *Store) TargetIndexes(ctx context.Context, collection corpus.ID) (ixs []
 	return ixs, ready, wrap("reading a collection's indexes", err)
 }
 
-// KnownQdrantNames returns those of names that belong to an index of the ledger, in whatever state.
-func (s *Store) KnownQdrantNames(ctx context.Context, names []string) ([]string, error) {
-	rows, err := s.pool.Query(ctx, `SELECT qdrant_name FROM indexes WHERE qdrant_name = ANY ($1)`, names)
-	if err != nil {
-		return nil, wrap("reading index names", err)
-	}
-	out, err := pgx.CollectRows(rows, pgx.RowTo[string])
-	return out, wrap("reading index names", err)
+// KnownQdrantNames returns those of names that belong to an index of the ledger, in whatever
+// state, and those that belonged to one whose Qdrant collection was dropped.
+func (s *Store) KnownQdrantNames(ctx context.Context, names []string) (known, dropped []string, err error) {
+	// One statement, one snapshot: a name moves from the one table into the other.
+	err = s.pool.QueryRow(ctx, `SELECT ARRAY(SELECT qdrant_name FROM indexes WHERE qdrant_name = ANY ($1)),
+		ARRAY(SELECT qdrant_name FROM dropped_indexes WHERE qdrant_name = ANY ($1))`, names).Scan(&known, &dropped)
+	return known, dropped, wrap("reading index names", err)
 }
 
 // PrepareTarget stores what a run found at the beginning of a collection: the points counted,

@@ -37,7 +37,26 @@ func (c *Client) CreateIndex(ctx context.Context, ix corpus.Index) error {
 	if err != nil {
 		return err
 	}
+	return c.createPayloadIndexes(ctx, ix, nil)
+}
+
+// CreatePayloadIndexes makes those payload indexes of ix that its Qdrant collection lacks. It
+// never makes a collection, and leaves an index of another type alone. [corpus.NotFound] when
+// there is no collection.
+func (c *Client) CreatePayloadIndexes(ctx context.Context, ix corpus.Index) error {
+	info, err := c.info(ctx, ix.QdrantName)
+	if err != nil {
+		return err
+	}
+	return c.createPayloadIndexes(ctx, ix, payloadSchema(info))
+}
+
+// createPayloadIndexes makes those that are not in have.
+func (c *Client) createPayloadIndexes(ctx context.Context, ix corpus.Index, have map[string]*qc.PayloadSchemaInfo) error {
 	for key, params := range payloadIndexes(ix.Layout) {
+		if have[plainKey(key)] != nil {
+			continue
+		}
 		err := c.call(ctx, "create_payload_index", func(ctx context.Context) error {
 			r, err := c.api.CreateFieldIndex(ctx, &qc.CreateFieldIndexCollection{
 				CollectionName: ix.QdrantName, Wait: qc.PtrOf(true), FieldName: key,
@@ -230,13 +249,9 @@ func (c *Client) DescribeIndex(ctx context.Context, ix corpus.Index) (exists boo
 		return false, nil, err
 	}
 	drift = vectorDrift(ix.Layout, info.GetConfig().GetParams())
-	have := map[string]*qc.PayloadSchemaInfo{}
-	for key, s := range info.GetPayloadSchema() {
-		have[strings.ReplaceAll(key, `"`, "")] = s
-	}
-	want := payloadIndexes(ix.Layout)
+	have, want := payloadSchema(info), payloadIndexes(ix.Layout)
 	for _, key := range slices.Sorted(maps.Keys(want)) {
-		got, ok := have[strings.ReplaceAll(key, `"`, "")]
+		got, ok := have[plainKey(key)]
 		switch {
 		case !ok:
 			drift = append(drift, fmt.Sprintf("payload index on %s: missing", key))
@@ -246,6 +261,18 @@ func (c *Client) DescribeIndex(ctx context.Context, ix corpus.Index) (exists boo
 	}
 	return true, drift, nil
 }
+
+// payloadSchema is what a collection has by plainKey.
+func payloadSchema(info *qc.CollectionInfo) map[string]*qc.PayloadSchemaInfo {
+	have := map[string]*qc.PayloadSchemaInfo{}
+	for key, s := range info.GetPayloadSchema() {
+		have[plainKey(key)] = s
+	}
+	return have
+}
+
+// plainKey is a payload path without the quotes that servers keep or drop.
+func plainKey(path string) string { return strings.ReplaceAll(path, `"`, "") }
 
 func vectorDrift(l corpus.Layout, p *qc.CollectionParams) []string {
 	var drift []string

@@ -275,6 +275,31 @@ func TestDriftIsNamed(t *testing.T) {
 	}
 }
 
+// TestPayloadIndexesAreAdded: those that are missing, and nothing else.
+func TestPayloadIndexesAreAdded(t *testing.T) {
+	t.Parallel()
+	c := setup(t)
+	ix := makeIndex(t, c, allHeads)
+	wider := ix
+	wider.Layout.Fields = map[string]corpus.FieldType{"lang": corpus.Integer, "new": corpus.Integer, "a.b": corpus.Keyword}
+	must0(t, c.CreatePayloadIndexes(t.Context(), wider))
+	must0(t, c.CreatePayloadIndexes(t.Context(), wider)) // again
+	_, drift, err := c.DescribeIndex(t.Context(), wider)
+	if err != nil || len(drift) != 1 || !strings.HasPrefix(drift[0], "payload index on m.lang: Integer expected") {
+		t.Errorf("%q %v", drift, err)
+	}
+	if _, drift, err := c.DescribeIndex(t.Context(), ix); err != nil || len(drift) != 0 {
+		t.Errorf("what was there changed: %q %v", drift, err)
+	}
+	must0(t, c.DropIndex(t.Context(), ix))
+	if err := c.CreatePayloadIndexes(t.Context(), ix); corpus.KindOf(err) != corpus.NotFound {
+		t.Errorf("without a collection: %v", err)
+	}
+	if exists, _, err := c.DescribeIndex(t.Context(), ix); err != nil || exists {
+		t.Errorf("it made a collection: %v %v", exists, err)
+	}
+}
+
 func TestRoundTrip(t *testing.T) {
 	t.Parallel()
 	c := setup(t)
