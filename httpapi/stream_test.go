@@ -251,7 +251,7 @@ func TestStreamThatEndsEarlyIsStillRead(t *testing.T) {
 	t.Parallel()
 	for name, body := range map[string]io.Reader{
 		"fast": &endless{n: 1 << 30, size: 200},
-		"slow": &paced{Reader: &endless{n: 1 << 30, size: 64 << 10}, every: time.Millisecond},
+		"slow": &paced{Reader: &endless{n: 1 << 30, size: 64 << 10}, pace: time.Tick(time.Millisecond)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -263,11 +263,11 @@ func TestStreamThatEndsEarlyIsStillRead(t *testing.T) {
 // paced is a reader at a steady rate.
 type paced struct {
 	io.Reader
-	every time.Duration
+	pace <-chan time.Time
 }
 
 func (p *paced) Read(b []byte) (int, error) {
-	time.Sleep(p.every)
+	<-p.pace
 	return p.Reader.Read(b)
 }
 
