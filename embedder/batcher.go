@@ -54,6 +54,8 @@ type Config struct {
 	// AgeLimit is how long a bulk row may be passed over in favour of better-fitting ones. Queries
 	// run in the order in which they came, each batch with those that fit its oldest.
 	AgeLimit time.Duration
+	// Enter, when not nil, is called by each runner on the thread that it keeps until it ends.
+	Enter func() error
 	// Now is the clock; nil means time.Now.
 	Now func() time.Time
 }
@@ -399,8 +401,13 @@ func (b *Batcher) work(self int) {
 	defer b.owners.Done()
 	// On a GPU ONNX Runtime keeps its plans for long texts by thread, without a bound: one thread
 	// for each runner, rather than whichever it wakes on, plans each shape once and keeps it once.
+	// The thread is not given back, for Enter may have changed it: it ends with the runner.
 	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
+	if b.cfg.Enter != nil {
+		if err := b.cfg.Enter(); err != nil {
+			b.log.Warn("a runner goes on with its thread as it is", "err", err)
+		}
+	}
 	for {
 		b.mu.Lock()
 		var batch []*row

@@ -36,6 +36,13 @@ func newMetrics(reg prometheus.Registerer, b *Batcher) *metrics {
 		gauge("queue_rows", "Texts waiting for a batch.", func(l *lane) int { return l.rows })
 		gauge("queue_tokens", "Tokens admitted and not yet finished.", func(l *lane) int { return l.tokens })
 	}
+	f.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "lockstep_embedder_budget_tokens", Help: "Token budget of a batch; below the configured one after the device ran out of memory.",
+	}, func() float64 {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		return float64(b.budget)
+	})
 	return &metrics{
 		rejected: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "lockstep_embedder_rejected_total", Help: "Requests refused at admission, by reason."}, []string{"reason"}),

@@ -24,6 +24,9 @@ type Config struct {
 	DeviceID int
 	// Threads compute one batch on the CPU; 0 takes one for each core.
 	Threads int
+	// Nice lowers the priority of the threads that compute, as nice(1) does; see [Engine.Enter].
+	// Linux only, elsewhere it does nothing.
+	Nice int
 	// DeviceMemory bounds the GPU memory of each graph's arena, weights included, in bytes; 0 is
 	// no bound. What CUDA and its libraries take comes on top.
 	DeviceMemory int64
@@ -35,6 +38,7 @@ type Engine struct {
 	*Tokenizer
 	manifest *model.Manifest
 	spec     corpus.ModelSpec
+	nice     int
 	// main runs every batch; long, where the model has it, those of long texts.
 	main, long *graph
 	// close frees graphs, tokenizer and library once, in this order.
@@ -66,7 +70,7 @@ func Open(cfg Config) (*Engine, error) {
 		return nil, err
 	}
 	class, device := model.DeviceCPU, "cpu"
-	sc := sessionConfig{threads: cfg.Threads}
+	sc := sessionConfig{threads: cfg.Threads, nice: cfg.Nice}
 	if cfg.CUDA {
 		class, device = model.DeviceCUDA, "cuda:"+strconv.Itoa(cfg.DeviceID)
 		sc.cuda, sc.cudaOptions = true, cudaOptions(cfg.DeviceID, cfg.DeviceMemory)
@@ -77,7 +81,7 @@ func Open(cfg Config) (*Engine, error) {
 			cfg.ModelDir, manifest.Precision, class)
 	}
 
-	e := &Engine{manifest: manifest, spec: manifest.Spec(device)}
+	e := &Engine{manifest: manifest, spec: manifest.Spec(device), nice: cfg.Nice}
 	var closers []func() error
 	e.close = sync.OnceValue(func() error {
 		var err error
@@ -149,6 +153,10 @@ func openGraph(m *model.Manifest, g *model.Graph, sc sessionConfig) (*graph, err
 
 // Close waits for calls in flight and frees everything. It may be called again.
 func (e *Engine) Close() error { return e.close() }
+
+// Enter gives the calling thread the priority of those that compute. The caller has locked its
+// goroutine to the thread and leaves it locked, for the priority cannot be raised again.
+func (e *Engine) Enter() error { return lowerPriority(e.nice) }
 
 // Spec says what the model is and where it runs.
 func (e *Engine) Spec() corpus.ModelSpec { return e.spec }

@@ -27,6 +27,8 @@ type session struct {
 type sessionConfig struct {
 	// threads computes one operator on the CPU; 0 leaves it to ONNX Runtime (all cores).
 	threads int
+	// nice is added to the niceness of these threads.
+	nice int
 	// cuda puts the graph on a GPU, with the provider's options.
 	cuda        bool
 	cudaOptions map[string]string
@@ -55,7 +57,7 @@ func openSession(path string, cfg sessionConfig) (s *session, err error) {
 	if err := errors.Join(set...); err != nil {
 		return nil, fmt.Errorf("loading graph: %w", err)
 	}
-	c, err := ort.NewDynamicAdvancedSession(path, nil, nil, opts)
+	c, err := newSession(path, opts, cfg.nice)
 	if err != nil {
 		if cfg.cuda {
 			return nil, deviceError(err)
@@ -63,6 +65,20 @@ func openSession(path string, cfg sessionConfig) (s *session, err error) {
 		return nil, corpus.Wrap(corpus.Invalid, "model_unusable", "ONNX Runtime cannot load "+path+": build the model again", err)
 	}
 	return &session{s: c}, nil
+}
+
+// newSession loads a graph on a thread of its own, whose priority ONNX Runtime's threads inherit.
+func newSession(path string, opts *ort.SessionOptions, nice int) (c *ort.DynamicAdvancedSession, err error) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // for good: the thread ends with the goroutine
+		if err = lowerPriority(nice); err == nil {
+			c, err = ort.NewDynamicAdvancedSession(path, nil, nil, opts)
+		}
+	}()
+	<-done
+	return c, err
 }
 
 func appendCUDA(opts *ort.SessionOptions, settings map[string]string) (err error) {
@@ -181,10 +197,13 @@ func runError(err error) error {
 }
 
 // cudaOptions are the provider's options for one GPU. limit bounds its arena in bytes, 0 is none.
+//
+// The arena grows by powers of two, by 1 GiB at most. It never joins what it took at different
+// times: growing by what is asked for, one region a tensor, it kept taking more as lengths varied.
 func cudaOptions(device int, limit int64) map[string]string {
 	o := map[string]string{
 		"device_id":             strconv.Itoa(device),
-		"arena_extend_strategy": "kSameAsRequested",
+		"arena_extend_strategy": "kNextPowerOfTwo",
 	}
 	if limit > 0 {
 		o["gpu_mem_limit"] = strconv.FormatInt(limit, 10)

@@ -161,9 +161,13 @@ func (a *App) openModel(ctx context.Context, reg prometheus.Registerer, log *slo
 	if err != nil {
 		return nil, err
 	}
+	nice := cfg.Embedder.Nice
+	if dev.cuda {
+		nice = 0 // there the runners' threads keep the GPU busy and take little of the CPU
+	}
 	engine, err := onnx.Open(onnx.Config{
 		Library: cfg.ONNXRuntimeLib, ModelDir: dir, CUDA: dev.cuda, DeviceID: dev.id,
-		Threads: cfg.Embedder.Threads, DeviceMemory: int64(cfg.Embedder.DeviceMemory),
+		Threads: cfg.Embedder.Threads, Nice: nice, DeviceMemory: int64(cfg.Embedder.DeviceMemory),
 	})
 	if err != nil {
 		return nil, err
@@ -171,7 +175,7 @@ func (a *App) openModel(ctx context.Context, reg prometheus.Registerer, log *slo
 	a.onStop(func(context.Context) error { return engine.Close() })
 	ec := embedder.Config{
 		BatchTokens: cfg.Embedder.BatchTokens, BatchRows: cfg.Embedder.BatchRows, Padded: engine.Padded(),
-		Runners: cfg.Embedder.Runners, QueueTokens: cfg.Embedder.QueueTokens, AgeLimit: cfg.Embedder.AgeLimit,
+		Runners: cfg.Embedder.Runners, QueueTokens: cfg.Embedder.QueueTokens, AgeLimit: cfg.Embedder.AgeLimit, Enter: engine.Enter,
 	}
 	if ec.BatchTokens == 0 {
 		ec.BatchTokens = cpuBatchTokens(cfg.Embedder.Threads)

@@ -143,6 +143,7 @@ func (c *Config) Validate() error {
 	}
 
 	within("embedder.threads", c.Embedder.Threads, 0, 1024)
+	within("embedder.nice", c.Embedder.Nice, 0, 19)
 	within("embedder.runners", c.Embedder.Runners, 0, 64)
 	within("embedder.batch_tokens", c.Embedder.BatchTokens, 0, 1<<24)
 	within("embedder.batch_rows", c.Embedder.BatchRows, 0, 1<<16)
