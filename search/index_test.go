@@ -5,31 +5,24 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/lockstep-db/lockstep/internal/corpus"
 	"github.com/lockstep-db/lockstep/store/qdrant"
 	"github.com/lockstep-db/lockstep/store/qdrantlocal"
+	"github.com/lockstep-db/lockstep/store/storetest"
 )
 
-// EnvQdrant names a Qdrant server to test against besides the embedded one.
-const EnvQdrant = "QDRANT_URL"
-
 // indexes returns the servers that the exactness tests run against: the embedded one always,
-// a real one where QDRANT_URL names it or qdrant is on the PATH.
+// a real one where there is one.
 func indexes(t *testing.T) map[string]*qdrant.Client {
 	t.Helper()
 	urls := map[string]string{"embedded": embedded(t)}
-	if u := os.Getenv(EnvQdrant); u != "" {
-		urls["server"] = u
-	} else if path, err := exec.LookPath("qdrant"); err == nil {
-		urls["server"] = child(t, path)
+	if addr := storetest.RealServer(t); addr != "" {
+		urls["server"] = "http://" + addr
 	}
 	out := map[string]*qdrant.Client{}
 	for name, url := range urls {
@@ -71,46 +64,6 @@ func embedded(t *testing.T) string {
 		wg.Wait()
 	})
 	return "http://" + l.Addr().String()
-}
-
-// child runs a Qdrant server for one test and waits until it answers.
-func child(t *testing.T, path string) string {
-	t.Helper()
-	var ports [2]string
-	for i := range ports {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		_, ports[i], _ = net.SplitHostPort(l.Addr().String())
-		if err := l.Close(); err != nil {
-			t.Fatal(err)
-		}
-	}
-	dir := t.TempDir()
-	cmd := exec.Command(path)
-	cmd.Dir = dir
-	cmd.Env = append(os.Environ(), "QDRANT__STORAGE__STORAGE_PATH="+filepath.Join(dir, "storage"),
-		"QDRANT__STORAGE__SNAPSHOTS_PATH="+filepath.Join(dir, "snapshots"), "QDRANT__SERVICE__HOST=127.0.0.1",
-		"QDRANT__SERVICE__GRPC_PORT="+ports[0], "QDRANT__SERVICE__HTTP_PORT="+ports[1], "QDRANT__TELEMETRY_DISABLED=true")
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	url := "http://127.0.0.1:" + ports[0]
-	c, err := qdrant.Open(t.Context(), qdrant.Config{URL: url, Registerer: prometheus.NewRegistry()})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = c.Close() }()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-	defer cancel()
-	for c.Ping(ctx) != nil {
-		if ctx.Err() != nil {
-			t.Fatal("qdrant does not answer")
-		}
-	}
-	return url
 }
 
 // realIndex is a world whose points lie in a server.

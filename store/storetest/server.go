@@ -1,0 +1,116 @@
+package storetest
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// EnvQdrant names the variable with the address of a real Qdrant server to test against: a URL,
+// or host:port of its gRPC port.
+const EnvQdrant = "QDRANT_URL"
+
+// RealServer returns the address (host:port) of a real Qdrant server's gRPC port: of the one that
+// [EnvQdrant] names, else of one that it starts from the qdrant binary on PATH and that ends with
+// the test. Where there is neither it returns "". It blocks until the server answers, and fails
+// the test if it does not.
+func RealServer(t testing.TB) (addr string) {
+	t.Helper()
+	if at := os.Getenv(EnvQdrant); at != "" {
+		if u, err := url.Parse(at); err == nil && u.Host != "" {
+			return u.Host
+		}
+		return at
+	}
+	binary, err := exec.LookPath("qdrant")
+	if err != nil {
+		return ""
+	}
+	return startQdrant(t, binary)
+}
+
+func freePort(t testing.TB) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	_, port, err := net.SplitHostPort(l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return port
+}
+
+// startQdrant runs a server on a directory of its own until the test ends.
+func startQdrant(t testing.TB, binary string) (addr string) {
+	t.Helper()
+	dir := t.TempDir()
+	grpcPort := freePort(t)
+	logPath := filepath.Join(dir, "log")
+	logFile, err := os.Create(logPath)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(binary)
+	cmd.Dir = dir
+	cmd.Stdout, cmd.Stderr = logFile, logFile
+	cmd.Env = append(os.Environ(),
+		"QDRANT__SERVICE__HOST=127.0.0.1",
+		"QDRANT__SERVICE__HTTP_PORT="+freePort(t),
+		"QDRANT__SERVICE__GRPC_PORT="+grpcPort,
+		"QDRANT__STORAGE__STORAGE_PATH="+filepath.Join(dir, "storage"),
+		"QDRANT__STORAGE__SNAPSHOTS_PATH="+filepath.Join(dir, "snapshots"),
+		"QDRANT__TELEMETRY_DISABLED=true",
+	)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	exited := make(chan error, 1)
+	go func() { exited <- cmd.Wait() }()
+	t.Cleanup(func() {
+		if err := cmd.Process.Kill(); err != nil {
+			t.Logf("stopping qdrant: %v", err)
+		}
+		if err := <-exited; err != nil {
+			t.Logf("qdrant: %v", err) // killed
+		}
+		if err := logFile.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	addr = net.JoinHostPort("127.0.0.1", grpcPort)
+	c := Dial(t, addr)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		r, err := c.HealthCheck(ctx)
+		if err == nil {
+			t.Logf("qdrant %s at %s", r.GetVersion(), addr)
+			return addr
+		}
+		select {
+		case err := <-exited:
+			exited <- err
+			out, _ := os.ReadFile(logPath)
+			t.Fatal(fmt.Errorf("qdrant ended: %w\n%s", err, strings.TrimSpace(string(out))))
+		case <-ctx.Done():
+			t.Fatal(fmt.Errorf("qdrant does not answer: %w", err))
+		case <-tick.C:
+		}
+	}
+}
