@@ -2,7 +2,6 @@ package ingest_test
 
 import (
 	"fmt"
-	"net"
 	"testing"
 
 	"github.com/lockstep-db/lockstep/embedder/fake"
@@ -10,33 +9,15 @@ import (
 	"github.com/lockstep-db/lockstep/internal/corpus"
 	"github.com/lockstep-db/lockstep/store/postgres/pgtest"
 	"github.com/lockstep-db/lockstep/store/qdrant"
-	"github.com/lockstep-db/lockstep/store/qdrantlocal"
+	"github.com/lockstep-db/lockstep/store/qdranttest"
 )
 
-// The whole life of a document over the real client and the embedded index: what the index in
+// The whole life of a document over the real client and a server: what the index in
 // memory of the other tests promises, they keep.
 func TestADocumentsLifeOverTheWire(t *testing.T) {
 	t.Parallel()
-	server, err := qdrantlocal.Open(t.TempDir(), qdrantlocal.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(l) }()
-	t.Cleanup(func() {
-		if err := server.Close(); err != nil {
-			t.Error(err)
-		}
-		if err := <-served; err != nil {
-			t.Error(err)
-		}
-	})
 	b := &bundle{t: t, url: pgtest.New(t), index: newFakeIndex(), model: fake.New(16, corpus.Dense|corpus.SparseHead|corpus.ColBERT)}
-	client, err := qdrant.Open(b.ctx(), qdrant.Config{URL: "http://" + l.Addr().String()})
+	client, err := qdrant.Open(b.ctx(), qdrant.Config{URL: "http://" + qdranttest.Any(t)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -489,7 +489,7 @@ func (w *world) copyIndex(to string) {
 // The index is restored from an old copy: what was written since is missing, what was deleted
 // is back, what was changed is old. One repairing run brings back exactly what Postgres says.
 func TestIndexRestoredFromAnOldCopy(t *testing.T) {
-	w := newWorld(t, func(c *reconcile.Config) { c.FreeDeletes = 1000 })
+	w := newFileWorld(t, func(c *reconcile.Config) { c.FreeDeletes = 1000 })
 	w.fill(0, 60)
 	w.renewStamps()
 	old := filepath.Join(t.TempDir(), "old")

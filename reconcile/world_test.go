@@ -23,6 +23,7 @@ import (
 	"github.com/lockstep-db/lockstep/store/postgres/pgtest"
 	"github.com/lockstep-db/lockstep/store/qdrant"
 	"github.com/lockstep-db/lockstep/store/qdrantlocal"
+	"github.com/lockstep-db/lockstep/store/qdranttest"
 	"github.com/lockstep-db/lockstep/store/storetest"
 )
 
@@ -43,17 +44,38 @@ type world struct {
 	rec   *reconcile.Service
 	cfg   reconcile.Config
 
+	// server is the embedded index with its files; nil and empty where a real one is used.
 	server     *qdrantlocal.Server
 	indexDir   string
-	addr       string
+	addr       string // of the index
 	stopIngest func()
 }
 
+// newWorld uses a real index server where there is one, else an embedded one.
 func newWorld(t testing.TB, change ...func(*reconcile.Config)) *world {
 	t.Helper()
-	w := &world{t: t, url: pgtest.New(t), indexDir: t.TempDir(), model: fake.New(8, corpus.Dense)}
+	w := &world{t: t, addr: qdranttest.Real(t)}
+	if w.addr == "" {
+		return newFileWorld(t, change...)
+	}
+	w.open(change)
+	return w
+}
+
+// newFileWorld has an embedded index, whose files the test may copy.
+func newFileWorld(t testing.TB, change ...func(*reconcile.Config)) *world {
+	t.Helper()
+	w := &world{t: t, indexDir: t.TempDir()}
 	w.serveIndex("127.0.0.1:0")
 	t.Cleanup(func() { w.stopIndex() })
+	w.open(change)
+	return w
+}
+
+func (w *world) open(change []func(*reconcile.Config)) {
+	t := w.t
+	t.Helper()
+	w.url, w.model = pgtest.New(t), fake.New(8, corpus.Dense)
 	w.raw = storetest.Dial(t, w.addr)
 	w.openLedger()
 	w.cfg = reconcile.Config{
@@ -66,7 +88,6 @@ func newWorld(t testing.TB, change ...func(*reconcile.Config)) *world {
 	w.startIngest()
 	w.rec = w.service()
 	t.Cleanup(func() { w.stopIngest() })
-	return w
 }
 
 func logger() *slog.Logger {

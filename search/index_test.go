@@ -3,25 +3,22 @@ package search
 import (
 	"context"
 	"math/rand/v2"
-	"net"
 	"os"
-	"sync"
 	"testing"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/lockstep-db/lockstep/internal/corpus"
 	"github.com/lockstep-db/lockstep/store/qdrant"
-	"github.com/lockstep-db/lockstep/store/qdrantlocal"
-	"github.com/lockstep-db/lockstep/store/storetest"
+	"github.com/lockstep-db/lockstep/store/qdranttest"
 )
 
 // indexes returns the servers that the exactness tests run against: the embedded one always,
 // a real one where there is one.
 func indexes(t *testing.T) map[string]*qdrant.Client {
 	t.Helper()
-	urls := map[string]string{"embedded": embedded(t)}
-	if addr := storetest.RealServer(t); addr != "" {
+	urls := map[string]string{"embedded": "http://" + qdranttest.Embedded(t)}
+	if addr := qdranttest.Real(t); addr != "" {
 		urls["server"] = "http://" + addr
 	}
 	out := map[string]*qdrant.Client{}
@@ -39,31 +36,6 @@ func indexes(t *testing.T) map[string]*qdrant.Client {
 		out[name] = c
 	}
 	return out
-}
-
-func embedded(t *testing.T) string {
-	t.Helper()
-	s, err := qdrantlocal.Open(t.TempDir(), qdrantlocal.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		if err := s.Serve(l); err != nil {
-			t.Error(err)
-		}
-	})
-	t.Cleanup(func() {
-		if err := s.Close(); err != nil {
-			t.Error(err)
-		}
-		wg.Wait()
-	})
-	return "http://" + l.Addr().String()
 }
 
 // realIndex is a world whose points lie in a server.

@@ -20,6 +20,7 @@ import (
 	"github.com/lockstep-db/lockstep/store/postgres"
 	"github.com/lockstep-db/lockstep/store/postgres/pgtest"
 	"github.com/lockstep-db/lockstep/store/qdrant"
+	"github.com/lockstep-db/lockstep/store/qdranttest"
 )
 
 // stack is the whole write and read path over a real Postgres and the embedded index.
@@ -50,7 +51,7 @@ func newStack(t *testing.T) *stack {
 	if err != nil {
 		t.Fatal(err)
 	}
-	index, err := qdrant.Open(ctx, qdrant.Config{URL: embedded(t), Registerer: prometheus.NewRegistry()})
+	index, err := qdrant.Open(ctx, qdrant.Config{URL: "http://" + qdranttest.Any(t), Registerer: prometheus.NewRegistry()})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/lockstep-db/lockstep/store/postgres/pgtest"
+	"github.com/lockstep-db/lockstep/store/qdranttest"
 )
 
 var (
@@ -20,6 +21,10 @@ var (
 // TestCampaign runs random histories and checks the promises P1 to P7. P8 has histories of its
 // own, in rollback_test.go.
 func TestCampaign(t *testing.T) {
+	index := qdranttest.Real(t)
+	if index != "" {
+		t.Logf("on the Qdrant server at %s", index)
+	}
 	base := *flagSeed
 	if base == 0 {
 		base = rand.Uint64()>>24 | 1
@@ -40,7 +45,7 @@ func TestCampaign(t *testing.T) {
 	}
 	var workers sync.WaitGroup
 	for range *flagWorkers {
-		r := newRig(t, pgtest.New(t))
+		r := newRig(t, pgtest.New(t), index)
 		workers.Go(func() {
 			for {
 				seed, ok := take()

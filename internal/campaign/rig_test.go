@@ -38,9 +38,11 @@ const (
 // rig is a pair of real stores with ways to reach them: one without faults for the test itself,
 // and hosts whose connections the test breaks.
 type rig struct {
+	// server is the embedded index, with its data in dir; nil where a real one is used.
 	server *qdrantlocal.Server
 	served chan error
 	dir    string
+	addr   string // of the index
 	dsn    string
 	clock  *faults.Clock
 
@@ -114,15 +116,16 @@ func (s ledgerSide) Next(c faults.Call) faults.Fault {
 	return s.v.next(func() faults.Plan { return s.v.ledger }, c)
 }
 
-// newRig starts an index and opens the database at dsn, which it migrates.
-func newRig(t testing.TB, dsn string) *rig {
+// newRig opens the database at dsn, which it migrates, and the real index at addr, or starts an
+// embedded one where that is empty.
+func newRig(t testing.TB, dsn, addr string) *rig {
 	t.Helper()
 	dir, err := os.MkdirTemp(memoryDir(), "lockstep-campaign-") //nolint:usetesting // in memory, where there is such a place
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	r := &rig{dir: dir, dsn: dsn, clock: faults.NewClock(time.Unix(0, 0)), model: fake.New(dim, heads), log: testLogger(t)}
+	r := &rig{dir: dir, dsn: dsn, addr: addr, clock: faults.NewClock(time.Unix(0, 0)), model: fake.New(dim, heads), log: testLogger(t)}
 	r.startIndex(t)
 	t.Cleanup(func() { r.stopIndex(t) })
 	r.openLedger(t, dsn)
@@ -146,16 +149,19 @@ func memoryDir() string {
 func (r *rig) startIndex(t testing.TB) {
 	t.Helper()
 	var err error
-	if r.server, err = qdrantlocal.Open(r.dir, qdrantlocal.Options{Workers: 1}); err != nil {
-		t.Fatal(err)
+	if r.addr == "" || r.server != nil {
+		if r.server, err = qdrantlocal.Open(r.dir, qdrantlocal.Options{Workers: 1}); err != nil {
+			t.Fatal(err)
+		}
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.addr = l.Addr().String()
+		r.served = make(chan error, 1)
+		go func() { r.served <- r.server.Serve(l) }()
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.served = make(chan error, 1)
-	go func() { r.served <- r.server.Serve(l) }()
-	if r.index, err = qdrant.Open(context.Background(), qdrant.Config{URL: "http://" + l.Addr().String()}); err != nil {
+	if r.index, err = qdrant.Open(context.Background(), qdrant.Config{URL: "http://" + r.addr}); err != nil {
 		t.Fatal(err)
 	}
 	// Until the server has taken the listener, its address is nobody's.
@@ -168,6 +174,9 @@ func (r *rig) stopIndex(t testing.TB) {
 	t.Helper()
 	if err := r.index.Close(); err != nil {
 		t.Error(err)
+	}
+	if r.server == nil {
+		return
 	}
 	if err := r.server.Close(); err != nil {
 		t.Error(err)
@@ -213,7 +222,7 @@ func (r *rig) borrow(t testing.TB) *host {
 		h.pg.Refuse(false)
 		return h
 	}
-	h := newHost(t, r.server.Addr().String(), r.dsn, r.owner, r.clock, r.log)
+	h := newHost(t, r.addr, r.dsn, r.owner, r.clock, r.log)
 	r.all = append(r.all, h)
 	return h
 }

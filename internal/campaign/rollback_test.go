@@ -14,6 +14,7 @@ import (
 	"github.com/lockstep-db/lockstep/internal/corpus"
 	"github.com/lockstep-db/lockstep/internal/faults"
 	"github.com/lockstep-db/lockstep/store/postgres/pgtest"
+	"github.com/lockstep-db/lockstep/store/qdranttest"
 )
 
 // TestRollback restores Postgres from a backup in the middle of histories and checks promise
@@ -43,7 +44,7 @@ func TestRollback(t *testing.T) {
 // data came back into the running server.
 func rollback(t *testing.T, seed uint64) {
 	dsn := pgtest.New(t)
-	r := newRig(t, dsn)
+	r := newRig(t, dsn, qdranttest.Real(t))
 	h := newHistory(t, r, seed)
 	h.p = profile{declared: true, loss: "all", purge: h.d.chance(30)} // nothing is at fault but the restore
 	h.m = newModel(h.docs, false)

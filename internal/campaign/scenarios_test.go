@@ -19,7 +19,7 @@ import (
 
 // scene is a history with one instance and nothing at fault.
 func scene(t *testing.T, docs ...string) (*history, func(func(*instance))) {
-	r := newRig(t, pgtest.New(t))
+	r := newRig(t, pgtest.New(t), "")
 	h := &history{t: t, r: r, d: newDice(1), name: "scene", docs: docs, m: newModel(docs, false), p: profile{declared: true, loss: "all"}}
 	with := func(f func(*instance)) {
 		tp := h.tempo(false)
@@ -142,7 +142,7 @@ func TestAnAliasInTheIndexsPlace(t *testing.T) {
 	if err := r.index.DropIndex(ctx, mine); err != nil {
 		t.Fatal(err)
 	}
-	host, port, err := net.SplitHostPort(r.server.Addr().String())
+	host, port, err := net.SplitHostPort(r.addr)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,37 +1,13 @@
 package qdrant
 
 import (
-	"net"
-	"sync"
 	"testing"
 
 	qc "github.com/qdrant/go-client/qdrant"
 
 	"github.com/lockstep-db/lockstep/internal/corpus"
-	"github.com/lockstep-db/lockstep/store/qdrantlocal"
+	"github.com/lockstep-db/lockstep/store/qdranttest"
 )
-
-// benchServer is the embedded server, for ratios of one run; its own cost is in both sides.
-func benchServer(b *testing.B) string {
-	b.Helper()
-	s, err := qdrantlocal.Open(b.TempDir(), qdrantlocal.Options{})
-	if err != nil {
-		b.Fatal(err)
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		b.Fatal(err)
-	}
-	var wg sync.WaitGroup
-	wg.Go(func() { _ = s.Serve(l) })
-	b.Cleanup(func() {
-		if err := s.Close(); err != nil {
-			b.Error(err)
-		}
-		wg.Wait()
-	})
-	return l.Addr().String()
-}
 
 // BenchmarkInsert writes 256 points of 1,024 floats a round: through this adapter, and by a
 // bare loop of the client library that sends the very same points.
@@ -44,7 +20,7 @@ func BenchmarkInsert(b *testing.B) {
 			name = "bare"
 		}
 		b.Run(name, func(b *testing.B) {
-			c, err := Open(b.Context(), Config{URL: "http://" + benchServer(b)})
+			c, err := Open(b.Context(), Config{URL: "http://" + qdranttest.Any(b)})
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/lockstep-db/lockstep/internal/corpus"
+	"github.com/lockstep-db/lockstep/store/qdranttest"
 )
 
 // hooked is an embedded server seen through a server of another temper: hooks may change
@@ -67,7 +68,7 @@ func (h *hooked) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 
 func hook(t *testing.T, h *hooked) *Client {
 	t.Helper()
-	conn, err := grpc.NewClient(serve(t), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient(qdranttest.Any(t), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	must0(t, err)
 	h.conn = conn
 	srv := grpc.NewServer(grpc.UnaryInterceptor(h.intercept))

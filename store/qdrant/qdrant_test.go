@@ -19,6 +19,7 @@ import (
 	"github.com/lockstep-db/lockstep/internal/corpus"
 	"github.com/lockstep-db/lockstep/internal/faults"
 	"github.com/lockstep-db/lockstep/store/qdrantlocal"
+	"github.com/lockstep-db/lockstep/store/qdranttest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -27,32 +28,6 @@ var (
 	owner   = corpus.ID{0: 0xaa, 15: 1}
 	another = corpus.ID{0: 0xbb, 15: 2}
 )
-
-// serve starts an embedded server and returns its address.
-func serve(t *testing.T) string {
-	t.Helper()
-	s, err := qdrantlocal.Open(t.TempDir(), qdrantlocal.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		if err := s.Serve(l); err != nil {
-			t.Error(err)
-		}
-	})
-	t.Cleanup(func() {
-		if err := s.Close(); err != nil {
-			t.Error(err)
-		}
-		wg.Wait()
-	})
-	return l.Addr().String()
-}
 
 func open(t *testing.T, cfg Config) *Client {
 	t.Helper()
@@ -71,7 +46,7 @@ func open(t *testing.T, cfg Config) *Client {
 
 func setup(t *testing.T) *Client {
 	t.Helper()
-	return open(t, Config{URL: "http://" + serve(t)})
+	return open(t, Config{URL: "http://" + qdranttest.Any(t)})
 }
 
 var allHeads = corpus.Layout{
@@ -535,7 +510,7 @@ func TestScrollFacetCountStamp(t *testing.T) {
 
 func TestOwnerMustBeKnown(t *testing.T) {
 	t.Parallel()
-	c := open(t, Config{URL: "http://" + serve(t)})
+	c := open(t, Config{URL: "http://" + qdranttest.Any(t)})
 	c.SetOwner(corpus.ID{})
 	ix := makeIndex(t, c, allHeads)
 	if _, err := c.FacetBuckets(t.Context(), ix); corpus.CodeOf(err) != "owner_unset" {
@@ -673,7 +648,7 @@ func dot(a, b []float32) (s float64) {
 func counted(t *testing.T, cfg Config) (*Client, *faults.Index, *faults.Script) {
 	t.Helper()
 	script := faults.NewScript()
-	p, err := faults.NewIndex(serve(t), script, nil)
+	p, err := faults.NewIndex(qdranttest.Any(t), script, nil)
 	must0(t, err)
 	t.Cleanup(func() { must0(t, p.Close()) })
 	cfg.URL = p.URL()

@@ -1,7 +1,6 @@
 // Package storetest holds the suites that every implementation of a store must pass.
 //
-// Owns: [RunQdrant], the conformance suite of Qdrant's API as Lockstep uses it, and [RealServer],
-// which finds or starts a real server.
+// Owns: [RunQdrant], the conformance suite of Qdrant's API as Lockstep uses it.
 //
 // Promises: the suite asks only for what a real Qdrant server does; an implementation that
 // passes it may stand in for one. Tests use collections of their own and may run at the same

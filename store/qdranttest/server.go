@@ -1,7 +1,8 @@
-package storetest
+package qdranttest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/url"
@@ -11,19 +12,55 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/qdrant/go-client/qdrant"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/lockstep-db/lockstep/store/qdrantlocal"
 )
 
-// EnvQdrant names the variable with the address of a real Qdrant server to test against: a URL,
+// EnvURL names the variable with the address of a real Qdrant server to test against: a URL,
 // or host:port of its gRPC port.
-const EnvQdrant = "QDRANT_URL"
+const EnvURL = "QDRANT_URL"
 
-// RealServer returns the address (host:port) of a real Qdrant server's gRPC port: of the one that
-// [EnvQdrant] names, else of one that it starts from the qdrant binary on PATH and that ends with
+// Any returns the address of a real server, or of an embedded one where there is none.
+func Any(t testing.TB) (addr string) {
+	t.Helper()
+	if addr = Real(t); addr == "" {
+		addr = Embedded(t)
+	}
+	return addr
+}
+
+// Embedded starts an embedded server and returns its address (host:port).
+func Embedded(t testing.TB) (addr string) {
+	t.Helper()
+	s, err := qdrantlocal.Open(t.TempDir(), qdrantlocal.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan error, 1)
+	go func() { served <- s.Serve(l) }()
+	t.Cleanup(func() {
+		if err := errors.Join(s.Close(), <-served); err != nil {
+			t.Errorf("the embedded index: %v", err)
+		}
+	})
+	return l.Addr().String()
+}
+
+// Real returns the address (host:port) of a real Qdrant server's gRPC port: of the one that
+// [EnvURL] names, else of one that it starts from the qdrant binary on PATH and that ends with
 // the test. Where there is neither it returns "". It blocks until the server answers, and fails
 // the test if it does not.
-func RealServer(t testing.TB) (addr string) {
+func Real(t testing.TB) (addr string) {
 	t.Helper()
-	if at := os.Getenv(EnvQdrant); at != "" {
+	if at := os.Getenv(EnvURL); at != "" {
 		if u, err := url.Parse(at); err == nil && u.Host != "" {
 			return u.Host
 		}
@@ -92,13 +129,22 @@ func startQdrant(t testing.TB, binary string) (addr string) {
 		}
 	})
 	addr = net.JoinHostPort("127.0.0.1", grpcPort)
-	c := Dial(t, addr)
+	conn, err := grpc.NewClient(addr, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := conn.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	c := qdrant.NewQdrantClient(conn)
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		r, err := c.HealthCheck(ctx)
+		r, err := c.HealthCheck(ctx, &qdrant.HealthCheckRequest{})
 		if err == nil {
 			t.Logf("qdrant %s at %s", r.GetVersion(), addr)
 			return addr
