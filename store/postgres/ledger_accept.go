@@ -32,12 +32,15 @@ func (s *Store) Unchanged(ctx context.Context, collection corpus.ID, docs []corp
 		metadata[i] = string(docs[i].Metadata.JSON())
 		out[i].Document = ids[i]
 	}
+	// Each is looked up by its key, whatever the planner believes (LIMIT keeps it from joining as it
+	// likes): on tables new since the last ANALYZE it would rather read them all.
 	rows, err := s.pool.Query(ctx, `
 		SELECT p.ord, d.target_version, coalesce(d.serving_version, 0), v.meta_version, v.chunk_ids,
 			v.metadata = p.metadata::jsonb AND NOT EXISTS (SELECT 1 FROM index_entries e WHERE e.document_id = d.id AND e.state = 'failed')
 		FROM unnest($2::uuid[], $3::bytea[], $4::text[]) WITH ORDINALITY AS p (id, hash, metadata, ord)
-		JOIN documents d ON d.id = p.id AND d.deleted_at IS NULL
-		JOIN document_versions v ON v.document_id = d.id AND v.version = d.target_version AND v.content_hash = p.hash
+		CROSS JOIN LATERAL (SELECT * FROM documents d WHERE d.id = p.id AND d.deleted_at IS NULL LIMIT 1) d
+		CROSS JOIN LATERAL (SELECT * FROM document_versions v
+			WHERE v.document_id = d.id AND v.version = d.target_version AND v.content_hash = p.hash LIMIT 1) v
 		WHERE EXISTS (SELECT 1 FROM collections WHERE id = $1 AND deleted_at IS NULL)`,
 		collection, uuids(ids), hashes, metadata)
 	if err != nil {
@@ -296,8 +299,9 @@ func (a *acceptance) lockAndRead() error {
 		SELECT d.id, d.target_version, coalesce(d.serving_version, 0), d.deleted_at IS NOT NULL, d.incarnation_floor,
 			v.content_hash, coalesce(v.meta_version, 0), coalesce(v.metadata = p.metadata::jsonb, false), v.chunk_ids
 		FROM unnest($1::uuid[], $2::text[]) AS p (id, metadata)
-		JOIN documents d ON d.id = p.id
-		LEFT JOIN document_versions v ON v.document_id = d.id AND v.version = d.target_version`, uuids(ids), metadata)
+		CROSS JOIN LATERAL (SELECT * FROM documents d WHERE d.id = p.id LIMIT 1) d
+		LEFT JOIN LATERAL (SELECT * FROM document_versions v
+			WHERE v.document_id = d.id AND v.version = d.target_version LIMIT 1) v ON true`, uuids(ids), metadata)
 	if err != nil {
 		return err
 	}
@@ -655,9 +659,12 @@ func (a *acceptance) settleMetadata() error {
 	}
 	if len(changed) > 0 {
 		var b pgx.Batch
-		b.Queue(`UPDATE document_versions v SET metadata = p.metadata::jsonb, meta_version = p.meta
-			FROM unnest($1::uuid[], $2::text[], $3::bigint[]) AS p (id, metadata, meta), documents d
-			WHERE d.id = p.id AND v.document_id = d.id AND v.version = d.target_version`, changed, metadata, metas)
+		b.Queue(`
+			WITH p AS MATERIALIZED (
+				SELECT v.at, a.metadata, a.meta FROM unnest($1::uuid[], $2::text[], $3::bigint[]) AS a (id, metadata, meta)
+				CROSS JOIN LATERAL (SELECT target_version FROM documents WHERE id = a.id LIMIT 1) d
+				CROSS JOIN LATERAL (SELECT ctid AS at FROM document_versions WHERE document_id = a.id AND version = d.target_version LIMIT 1) v)
+			UPDATE document_versions v SET metadata = p.metadata::jsonb, meta_version = p.meta FROM p WHERE v.ctid = p.at`, changed, metadata, metas)
 		b.Queue("UPDATE documents SET updated_at = now() WHERE id = ANY ($1::uuid[])", changed)
 		if err := a.tx.SendBatch(a.ctx, &b).Close(); err != nil {
 			return err
@@ -672,29 +679,36 @@ func wantMetadata(ctx context.Context, tx pgx.Tx, ix liveIndexes, docs [][16]byt
 	if len(docs) == 0 {
 		return nil
 	}
-	rows, err := tx.Query(ctx, "SELECT id FROM chunks WHERE document_id = ANY ($1::uuid[]) AND text IS NOT NULL", docs)
-	chunks, err := scanIDs(rows, err)
+	rows, err := tx.Query(ctx, `
+		SELECT c.id, CASE WHEN c.born_version <= d.serving_version AND coalesce(c.died_version > d.serving_version, true)
+			THEN sv.meta_version ELSE tv.meta_version END
+		FROM unnest($1::uuid[]) AS q (id)
+		CROSS JOIN LATERAL (SELECT * FROM documents WHERE id = q.id AND deleted_at IS NULL LIMIT 1) d
+		CROSS JOIN LATERAL (SELECT meta_version FROM document_versions WHERE document_id = d.id AND version = d.target_version LIMIT 1) tv
+		LEFT JOIN LATERAL (SELECT meta_version FROM document_versions WHERE document_id = d.id AND version = d.serving_version LIMIT 1) sv ON true
+		CROSS JOIN LATERAL (SELECT id, born_version, died_version FROM chunks WHERE document_id = d.id AND text IS NOT NULL OFFSET 0) c`, docs)
 	if err != nil {
 		return err
 	}
+	var chunks [][16]byte
+	var metas []int64
+	var chunk [16]byte
+	var meta int64
+	if _, err := pgx.ForEachRow(rows, []any{&chunk, &meta}, func() error {
+		chunks, metas = append(chunks, chunk), append(metas, meta)
+		return nil
+	}); err != nil || len(chunks) == 0 {
+		return err
+	}
 	var b pgx.Batch
-	lockEntries(&b, ix, uuids(chunks))
-	b.Queue(`
-		WITH w AS MATERIALIZED (
-			SELECT f.at, f.was, f.wanted, CASE WHEN c.born_version <= d.serving_version AND coalesce(c.died_version > d.serving_version, true)
-				THEN sv.meta_version ELSE tv.meta_version END AS meta
-			FROM documents d
-			JOIN chunks c ON c.document_id = d.id AND c.text IS NOT NULL
-			JOIN document_versions tv ON tv.document_id = d.id AND tv.version = d.target_version
-			LEFT JOIN document_versions sv ON sv.document_id = d.id AND sv.version = d.serving_version
-			CROSS JOIN unnest($1::uuid[]) AS i (id)
-			CROSS JOIN LATERAL (
-				SELECT e.ctid AS at, e.state AS was, e.want_meta AS wanted FROM index_entries e WHERE e.index_id = i.id AND e.chunk_id = c.id FOR UPDATE) f
-			WHERE d.id = ANY ($2::uuid[]) AND d.deleted_at IS NULL)
-		UPDATE index_entries e SET want_meta = w.meta, changed_at = now(),
-			attempts = CASE WHEN e.state = 'indexed' THEN 0 ELSE e.attempts END,
-			not_before = CASE WHEN e.state = 'indexed' THEN now() ELSE e.not_before END
-		FROM w WHERE e.ctid = w.at AND w.was <> 'dead' AND w.wanted <> w.meta`, uuids(ix.all), docs)
+	lockEntries(&b, ix, chunks)
+	for _, index := range ix.all {
+		b.Queue(byKey("$2::uuid[], $3::bigint[]", "id, meta")+`
+			UPDATE index_entries e SET want_meta = p.meta, changed_at = now(),
+				attempts = CASE WHEN p.was = 'indexed' THEN 0 ELSE e.attempts END,
+				not_before = CASE WHEN p.was = 'indexed' THEN now() ELSE e.not_before END
+			FROM p WHERE e.ctid = p.at AND p.was <> 'dead' AND e.want_meta <> p.meta`, index, chunks, metas)
+	}
 	return tx.SendBatch(ctx, &b).Close()
 }
 

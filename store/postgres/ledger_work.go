@@ -326,14 +326,18 @@ func switchVersions(ctx context.Context, tx pgx.Tx, live liveIndexes, standing [
 	}
 	// The clock is read after the statement's snapshot showed every point to be in the index:
 	// whoever asks the index later than that sees all of them.
+	// By their keys, as in byKey: the rows are locked, so that their places hold.
 	rows, err := tx.Query(ctx, `
-		UPDATE documents d SET serving_version = d.target_version, switched_at = clock_timestamp() FROM document_versions v
-		WHERE d.id = ANY ($1::uuid[]) AND v.document_id = d.id AND v.version = d.target_version
-			AND NOT EXISTS (
+		WITH whole AS MATERIALIZED (
+			SELECT d.at FROM unnest($1::uuid[]) AS w (id)
+			CROSS JOIN LATERAL (SELECT ctid AS at, target_version FROM documents WHERE id = w.id LIMIT 1) d
+			CROSS JOIN LATERAL (SELECT chunk_ids FROM document_versions WHERE document_id = w.id AND version = d.target_version LIMIT 1) v
+			WHERE NOT EXISTS (
 				SELECT 1 FROM unnest(v.chunk_ids) AS k (id)
 				LEFT JOIN LATERAL (SELECT e.state FROM index_entries e WHERE e.index_id = $2 AND e.chunk_id = k.id LIMIT 1) e ON true
-				WHERE e.state IS DISTINCT FROM 'indexed')
-		RETURNING d.id`, waiting, live.serving)
+				WHERE e.state IS DISTINCT FROM 'indexed'))
+		UPDATE documents d SET serving_version = d.target_version, switched_at = clock_timestamp()
+		FROM whole WHERE d.ctid = whole.at RETURNING d.id`, waiting, live.serving)
 	moved, err := scanIDs(rows, err)
 	if err != nil {
 		return nil, err
