@@ -53,6 +53,8 @@ type list struct {
 	depth, ask, limit int
 	threshold         *float64
 	scores            map[corpus.ID]float64
+	// worst is the lowest score of the last answer.
+	worst float64
 	// asked is when the index was last asked, before the question left.
 	asked time.Time
 	// settled: deep enough, or nothing more to be had.
@@ -92,15 +94,27 @@ func (q *query) ask(l *list, exact bool) corpus.IndexQuery {
 // take adds an answer of the index. It returns ids whose score is no number: their vectors
 // are damaged, and they are no candidates.
 func (l *list) take(answer []corpus.Candidate) (broken []corpus.ID) {
+	l.worst = math.Inf(1)
 	for _, c := range answer {
 		if math.IsNaN(c.Score) || math.IsInf(c.Score, 0) {
 			broken = append(broken, c.ID)
 			continue
 		}
 		l.scores[c.ID] = c.Score
+		l.worst = min(l.worst, c.Score)
 	}
 	l.exhausted = len(answer) < l.ask
 	return broken
+}
+
+// maxTied bounds how many candidates are asked for so that equal scores are told apart by id.
+const maxTied = 1024 // about 10 ms of joining; unmeasured how often a query needs it
+
+// tied reports whether a candidate that the index kept back may score as well as the last of
+// those wanted. A server cuts equal scores where it likes, other pages and other heads elsewhere;
+// their order is by id, so all of them have to be seen.
+func (l *list) tied() bool {
+	return !l.exhausted && l.alive >= l.depth && l.ask < min(l.limit, maxTied) && l.scores[l.order[l.depth-1]] <= l.worst
 }
 
 // maxRefreshes bounds how often a query asks the index again because documents switched
@@ -151,7 +165,7 @@ func (q *query) settle(joined *corpus.Joined, place map[corpus.ID]int, now time.
 		for _, l := range q.lists {
 			if len(l.among) == 0 {
 				l.rank(q.live)
-				l.settled = l.alive >= l.depth || l.exhausted
+				l.settled = l.exhausted || l.alive >= l.depth && !l.tied()
 				deep = deep && l.settled
 			}
 		}

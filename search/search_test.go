@@ -243,6 +243,46 @@ func TestWideningSpansDeadNeighbours(t *testing.T) {
 	}
 }
 
+// TestEqualScoresAreOrderedByID: whichever of them the index keeps back, pages are those of one
+// order. There is an end to it where half the collection is equal.
+func TestEqualScoresAreOrderedByID(t *testing.T) {
+	t.Parallel()
+	w, e := newWorld(corpus.Dense | corpus.SparseHead)
+	for i := range 200 {
+		w.put(t, e, fmt.Sprint("doc ", i), nil, "alpha")
+	}
+	w.contrary = true
+	s := w.service(e, Config{})
+	var ids []corpus.ID
+	for _, d := range w.docs {
+		ids = append(ids, d.serving...)
+	}
+	slices.SortFunc(ids, corpus.ID.Compare)
+	for _, mode := range []corpus.SearchMode{corpus.ModeDense, corpus.ModeSparse, corpus.ModeHybrid} {
+		for offset := 0; offset < 40; offset += 5 {
+			got, err := s.Search(context.Background(), corpus.SearchRequest{Collection: "kb", Query: "alpha", Mode: mode, Limit: 5, Offset: offset})
+			if err != nil || len(got.Results) != 5 || got.Truncated {
+				t.Fatalf("%s: %d results, truncated %v, %v", mode, len(got.Results), got.Truncated, err)
+			}
+			for i, r := range got.Results {
+				if r.ID != ids[offset+i] {
+					t.Fatalf("%s: result %d is %v, want %v", mode, offset+i, r.ID, ids[offset+i])
+				}
+			}
+		}
+	}
+	for i := range 3000 {
+		w.put(t, e, fmt.Sprint("more ", i), nil, "alpha")
+	}
+	got, err := s.Search(context.Background(), corpus.SearchRequest{Collection: "kb", Query: "alpha", Mode: corpus.ModeDense, Limit: 5})
+	if err != nil || len(got.Results) != 5 || got.Truncated {
+		t.Fatalf("%d results, truncated %v, %v", len(got.Results), got.Truncated, err)
+	}
+	if asked := w.lastAsked[0].Limit; asked > 2*maxTied {
+		t.Errorf("%d candidates were asked for to tell equal scores apart", asked)
+	}
+}
+
 func TestWideningStopsAtTheCap(t *testing.T) {
 	t.Parallel()
 	w, e := newWorld(corpus.Dense)

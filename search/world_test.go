@@ -39,6 +39,8 @@ type world struct {
 	// Hooks, called without the lock.
 	beforeQuery, beforeJoin func()
 	queryErr                error
+	// contrary has the index cut equal scores from the wrong end.
+	contrary bool
 	// Counts, and the last join, for assertions.
 	resolves, queries, joins int
 	last                     corpus.Joined
@@ -258,7 +260,11 @@ func (w *world) nearest(q corpus.IndexQuery, allowed map[corpus.ID]bool) []corpu
 		}
 	}
 	slices.SortFunc(out, func(a, b corpus.Candidate) int {
-		return cmp.Or(cmp.Compare(b.Score, a.Score), a.ID.Compare(b.ID))
+		byID := a.ID.Compare(b.ID)
+		if w.contrary {
+			byID = -byID
+		}
+		return cmp.Or(cmp.Compare(b.Score, a.Score), byID)
 	})
 	return out[:min(len(out), q.Limit)]
 }

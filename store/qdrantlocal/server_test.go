@@ -158,6 +158,28 @@ func TestAPIKey(t *testing.T) {
 }
 
 // TestUnimplemented: what is not there says so, and nothing plausible.
+// A real server takes such a payload and then fails on every read of it; this one refuses it.
+func TestTooDeepAPayloadIsRefused(t *testing.T) {
+	t.Parallel()
+	c := dial(t, open(t, t.TempDir(), Options{}))
+	ctx := t.Context()
+	if err := c.CreateCollection(ctx, &qdrant.CreateCollection{CollectionName: "deep", VectorsConfig: qdrant.NewVectorsConfig(&qdrant.VectorParams{Size: 1, Distance: qdrant.Distance_Dot})}); err != nil {
+		t.Fatal(err)
+	}
+	for _, levels := range []int{maxPayloadDepth, 200} {
+		deep := qdrant.NewValueInt(1)
+		for range levels {
+			deep = &qdrant.Value{Kind: &qdrant.Value_ListValue{ListValue: &qdrant.ListValue{Values: []*qdrant.Value{deep}}}}
+		}
+		_, err := c.Upsert(ctx, &qdrant.UpsertPoints{CollectionName: "deep", Wait: qdrant.PtrOf(true), Points: []*qdrant.PointStruct{
+			{Id: qdrant.NewIDNum(1), Vectors: qdrant.NewVectors(1), Payload: map[string]*qdrant.Value{"x": deep}},
+		}})
+		if status.Code(err) != codes.InvalidArgument {
+			t.Errorf("a payload of %d levels: %v", levels+1, err)
+		}
+	}
+}
+
 func TestUnimplemented(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()

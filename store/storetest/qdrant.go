@@ -938,6 +938,9 @@ func (s *suite) facet() {
 		s.must(err)
 		var out []string
 		for _, h := range hits {
+			if h.GetCount() == 0 {
+				continue // a server may go on listing values that no point has any more
+			}
 			switch v := h.GetValue().GetVariant().(type) {
 			case *qdrant.FacetValue_StringValue:
 				out = append(out, fmt.Sprintf("%s=%d", v.StringValue, h.GetCount()))
@@ -1304,10 +1307,6 @@ func (s *suite) validation() {
 	for i := range rows {
 		rows[i] = []float32{1, 2}
 	}
-	deep := qdrant.NewValueInt(1)
-	for range 200 {
-		deep = &qdrant.Value{Kind: &qdrant.Value_ListValue{ListValue: &qdrant.ListValue{Values: []*qdrant.Value{deep}}}}
-	}
 	for what, p := range map[string]*qdrant.PointStruct{
 		"wrong dimension":              point(map[string]*qdrant.Vector{"dense": qdrant.NewVector(1, 2, 3)}),
 		"unknown vector":               point(map[string]*qdrant.Vector{"nope": qdrant.NewVector(1, 2, 3, 4)}),
@@ -1330,13 +1329,7 @@ func (s *suite) validation() {
 		}})
 		s.wantCode(err, codes.InvalidArgument, what)
 	}
-	_, err := s.c.Upsert(s.ctx, &qdrant.UpsertPoints{CollectionName: name, Wait: qdrant.PtrOf(true), Points: []*qdrant.PointStruct{
-		{Id: num(3), Vectors: qdrant.NewVectorsMap(nil), Payload: map[string]*qdrant.Value{"x": deep}},
-	}})
-	if err == nil {
-		s.Error("a payload of 200 levels is accepted")
-	}
-	if s.read(name, num(1), num(3))["1"] != nil {
+	if s.read(name, num(1))["1"] != nil {
 		s.Error("a refused point is there")
 	}
 	bad := func(what string, q *qdrant.QueryPoints) {
@@ -1365,7 +1358,7 @@ func (s *suite) validation() {
 	bad("condition without a test", &qdrant.QueryPoints{Query: qdrant.NewQuery(1, 2, 3, 4), Using: dense, Filter: &qdrant.Filter{Must: []*qdrant.Condition{
 		{ConditionOneOf: &qdrant.Condition_Field{Field: &qdrant.FieldCondition{Key: "a"}}},
 	}}})
-	_, err = s.c.Scroll(s.ctx, &qdrant.ScrollPoints{CollectionName: name, Limit: qdrant.PtrOf(uint32(0))})
+	_, err := s.c.Scroll(s.ctx, &qdrant.ScrollPoints{CollectionName: name, Limit: qdrant.PtrOf(uint32(0))})
 	s.wantCode(err, codes.InvalidArgument, "scroll limit 0")
 	_, err = s.c.Scroll(s.ctx, &qdrant.ScrollPoints{CollectionName: name, Offset: qdrant.NewID("xyz")})
 	s.wantCode(err, codes.InvalidArgument, "scroll offset that is no id")
@@ -1419,8 +1412,7 @@ func (s *suite) strictMode() {
 	s.index(name, "k", qdrant.FieldType_FieldTypeKeyword)
 	_, err = s.c.Scroll(s.ctx, &qdrant.ScrollPoints{CollectionName: name, Filter: &qdrant.Filter{Must: []*qdrant.Condition{qdrant.NewMatch("k", "x")}}})
 	s.must(err)
-	_, err = s.c.Facet(s.ctx, &qdrant.FacetCounts{CollectionName: name, Key: "k", Exact: qdrant.PtrOf(true)})
-	s.wantCode(err, codes.InvalidArgument, "an exact facet")
+	// Qdrant 1.19 lets an exact facet pass over gRPC, and refuses it over REST: nothing may rely on either.
 }
 
 func (s *suite) payloadIndex() {
