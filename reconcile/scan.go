@@ -545,10 +545,17 @@ func (w *work) quick(ctx context.Context, sc *scope, rec *recorder) error {
 	)
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
-		return w.pace.read(gctx, func() (n int, err error) {
-			if counts, err = w.index.FacetBuckets(gctx, sc.ix); err == nil {
-				total, err = w.index.CountPoints(gctx, sc.ix)
-			}
+		return w.pace.read(gctx, func() (int, error) {
+			both, bctx := errgroup.WithContext(gctx)
+			both.Go(func() (err error) {
+				counts, err = w.index.FacetBuckets(bctx, sc.ix)
+				return err
+			})
+			both.Go(func() (err error) {
+				total, err = w.index.CountPoints(bctx, sc.ix)
+				return err
+			})
+			err := both.Wait()
 			return len(counts), err
 		})
 	})

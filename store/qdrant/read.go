@@ -272,6 +272,16 @@ func (c *Client) FacetBuckets(ctx context.Context, ix corpus.Index) (map[uint32]
 	if l.noExact {
 		return nil, errNoExact(ix)
 	}
+	// Where nothing is foreign, as nearly always, the owner need not be looked at point by point: on
+	// Qdrant 1.19 a facet of 200,000 points took 66 ms and one with the owner as its filter 155 ms.
+	filter := []*qc.Condition{own}
+	foreign, err := c.count(ctx, ix, &qc.Filter{MustNot: []*qc.Condition{own, qc.NewHasID(pointID(stampID))}})
+	if err != nil {
+		return nil, err
+	}
+	if foreign == 0 {
+		filter = nil
+	}
 	// One request, unless strict mode bounds the answer: then slices of buckets by number.
 	slice := capped(corpus.Buckets, l.queryLimit)
 	if slice < corpus.Buckets {
@@ -279,21 +289,21 @@ func (c *Client) FacetBuckets(ctx context.Context, ix corpus.Index) (map[uint32]
 	}
 	out := make(map[uint32]int64, corpus.Buckets)
 	for start := 0; start < corpus.Buckets; start += slice {
-		filter := &qc.Filter{Must: []*qc.Condition{own}}
+		must := filter
 		if slice < corpus.Buckets {
 			var part []int64
 			for b := start; b < min(start+slice, corpus.Buckets); b++ {
 				part = append(part, int64(b))
 			}
-			filter.Must = append(filter.Must, qc.NewMatchInts(corpus.KeyBucket, part...))
+			must = append(slices.Clone(filter), qc.NewMatchInts(corpus.KeyBucket, part...))
 		}
 		err := c.call(ctx, "facet", func(ctx context.Context) error {
 			hits, err := c.api.Facet(ctx, &qc.FacetCounts{
-				CollectionName: ix.QdrantName, Key: corpus.KeyBucket, Filter: filter,
+				CollectionName: ix.QdrantName, Key: corpus.KeyBucket, Filter: filterOf(must),
 				Limit: qc.PtrOf(uint64(slice)), Exact: qc.PtrOf(true),
 			})
 			for _, h := range hits {
-				if v, ok := h.GetValue().GetVariant().(*qc.FacetValue_IntegerValue); ok && v.IntegerValue >= 0 && v.IntegerValue < corpus.Buckets {
+				if v, ok := h.GetValue().GetVariant().(*qc.FacetValue_IntegerValue); ok && v.IntegerValue >= 0 && v.IntegerValue < corpus.Buckets && h.GetCount() > 0 {
 					out[uint32(v.IntegerValue)] = int64(h.GetCount())
 				}
 			}
@@ -316,15 +326,25 @@ func (c *Client) CountPoints(ctx context.Context, ix corpus.Index) (int64, error
 	if l.noExact {
 		return 0, errNoExact(ix)
 	}
+	return c.count(ctx, ix, &qc.Filter{MustNot: []*qc.Condition{qc.NewHasID(pointID(stampID))}})
+}
+
+// count counts the points of a filter exactly.
+func (c *Client) count(ctx context.Context, ix corpus.Index, f *qc.Filter) (int64, error) {
 	var n uint64
-	err = c.call(ctx, "count", func(ctx context.Context) (err error) {
-		n, err = c.api.Count(ctx, &qc.CountPoints{
-			CollectionName: ix.QdrantName, Exact: qc.PtrOf(true),
-			Filter: &qc.Filter{MustNot: []*qc.Condition{qc.NewHasID(pointID(stampID))}},
-		})
+	err := c.call(ctx, "count", func(ctx context.Context) (err error) {
+		n, err = c.api.Count(ctx, &qc.CountPoints{CollectionName: ix.QdrantName, Exact: qc.PtrOf(true), Filter: f})
 		return err
 	})
 	return int64(n), err
+}
+
+// filterOf is nil where there is nothing to ask for.
+func filterOf(must []*qc.Condition) *qc.Filter {
+	if len(must) == 0 {
+		return nil
+	}
+	return &qc.Filter{Must: must}
 }
 
 // FindGenAbove returns up to limit points of ours whose gen is above gen or inside one of the
