@@ -98,12 +98,12 @@ func Open(cfg Config) (*Engine, error) {
 			return t.Close, err
 		},
 		func() (func() error, error) {
-			g, err := openGraph(manifest, main, sc)
+			g, err := e.openGraph(main, sc)
 			e.main = g
 			return g.close, err
 		},
 		func() (func() error, error) {
-			g, err := openGraph(manifest, long, sc)
+			g, err := e.openGraph(long, sc)
 			e.long = g
 			return g.close, err
 		},
@@ -140,15 +140,40 @@ func pickGraphs(m *model.Manifest, class string) (main, long *model.Graph) {
 }
 
 // openGraph loads one graph of the model, or nothing if there is none.
-func openGraph(m *model.Manifest, g *model.Graph, sc sessionConfig) (*graph, error) {
+func (e *Engine) openGraph(g *model.Graph, sc sessionConfig) (*graph, error) {
 	if g == nil {
 		return nil, nil
 	}
-	s, err := openSession(m.Path(g.File), sc)
+	s, err := openSession(e.manifest.Path(g.File), sc)
 	if err != nil {
 		return nil, err
 	}
-	return &graph{session: s, form: g.Form, gated: slices.Contains(g.Inputs, model.InputHeads)}, nil
+	loaded := &graph{session: s, form: g.Form, gated: slices.Contains(g.Inputs, model.InputHeads)}
+	if sc.cuda {
+		if err := loaded.keepSmall(e.smallest(loaded)); err != nil {
+			return nil, errors.Join(err, loaded.close())
+		}
+	}
+	return loaded, nil
+}
+
+// smallest are inputs and outputs of a run of one token, which a graph for long texts does not round up.
+func (e *Engine) smallest(g *graph) ([]input, []output) {
+	b := batch{rows: [][]uint32{{uint32(e.manifest.Special.CLS)}}, heads: corpus.Dense, longest: 1, tokens: 1}
+	if g.form == model.PaddedLengths {
+		ids, out := e.padded(b, 1)
+		return g.gate([]input{ids, intInput(model.InputLengths, []int32{1}, 1)}, b), out.bound()
+	}
+	inputs, out := e.tensors(b, g.form)
+	return g.gate(inputs, b), out.bound()
+}
+
+// gate adds which heads to compute, for a graph that asks.
+func (g *graph) gate(inputs []input, b batch) []input {
+	if g.gated {
+		inputs = append(inputs, input{name: model.InputHeads, shape: ort.NewShape(1), data: []int32{int32(b.heads)}})
+	}
+	return inputs
 }
 
 // Close waits for calls in flight and frees everything. It may be called again.
@@ -197,10 +222,7 @@ func (e *Engine) runBatch(b batch) ([]corpus.Vectors, error) {
 		g = e.long
 	}
 	inputs, out := e.tensors(b, g.form)
-	if g.gated {
-		inputs = append(inputs, input{name: model.InputHeads, shape: ort.NewShape(1), data: []int32{int32(b.heads)}})
-	}
-	if err := g.run(inputs, out.bound()); err != nil {
+	if err := g.run(g.gate(inputs, b), out.bound()); err != nil {
 		return nil, err
 	}
 	return e.results(b, out), nil

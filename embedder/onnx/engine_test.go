@@ -112,6 +112,42 @@ func TestEngineFeedsAndReadsEveryForm(t *testing.T) {
 	}
 }
 
+// What settles a device that ran out of memory is a run like any other, whatever ran before.
+func TestSmallRunIsReady(t *testing.T) {
+	t.Parallel()
+	for form, graph := range map[string][]byte{model.Padded: paddedGraph(), model.Packed: packedGraph()} {
+		t.Run(form, func(t *testing.T) {
+			t.Parallel()
+			e := openEngine(t, handModel(t, form, graph, nil))
+			if err := e.main.settle(); err != nil {
+				t.Errorf("with nothing ready: %v", err)
+			}
+			inputs, outputs := e.smallest(e.main)
+			if err := e.main.keepSmall(inputs, outputs); err != nil {
+				t.Fatal(err)
+			}
+			for range 2 {
+				if _, err := e.Run(handRows, allHeads); err != nil {
+					t.Fatal(err)
+				}
+				for i := range outputs[0].data {
+					outputs[0].data[i] = -7
+				}
+				if err := e.main.settle(); err != nil {
+					t.Fatal(err)
+				}
+				want, err := e.Run([][]uint32{{uint32(e.manifest.Special.CLS)}}, corpus.Dense)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if !slices.Equal(outputs[0].data, want[0].Dense) {
+					t.Errorf("%s is %v, expected %v", outputs[0].name, outputs[0].data, want[0].Dense)
+				}
+			}
+		})
+	}
+}
+
 func TestPackedPlaces(t *testing.T) {
 	t.Parallel()
 	e := openEngine(t, handModel(t, model.Packed, packedGraph(), nil))
