@@ -62,6 +62,7 @@ func run(args []string) error {
 	warm := fs.Duration("warm", 5*time.Minute, "what of it is warming up")
 	every := fs.Duration("every", time.Minute, "time between lines of the soak")
 	draw := fs.Uint64("seed", seed, "draws the soak's texts")
+	memory := fs.Int("device-memory", 8<<10, "MiB of device memory for each graph in the soak, as the service's embedder.device_memory; 0 is no bound")
 	bound := fs.Int("bound", 0, "soak also in a bound of device memory: MiB at which to begin looking for one that is tight")
 	boundTime := fs.Duration("bound-for", time.Minute, "how long to soak within the bound")
 	if err := fs.Parse(args[1:]); err != nil {
@@ -77,8 +78,8 @@ func run(args []string) error {
 		return nil
 	}
 	if args[0] == "soak" {
-		s := soak{onnx: onnx.Config{Library: *library, ModelDir: *dir, CUDA: !*cpu}, budget: *budget, seed: *draw, clients: *clients,
-			whole: *long, warm: *warm, every: *every, bound: *bound, boundTime: *boundTime}
+		s := soak{onnx: onnx.Config{Library: *library, ModelDir: *dir, CUDA: !*cpu, DeviceMemory: int64(*memory) << 20},
+			budget: *budget, seed: *draw, clients: *clients, whole: *long, warm: *warm, every: *every, bound: *bound, boundTime: *boundTime}
 		return s.all()
 	}
 	start := time.Now()
@@ -229,6 +230,7 @@ func (b *bench) all(out string) error {
 		{"128 tokens", w1, 128 << 10, corpus.Dense, 2},
 		{"512 tokens", w2, 64 << 10, corpus.Dense, 1},
 		{"512 tokens", w2, 64 << 10, corpus.Dense, 2},
+		{"512 tokens", w2, 128 << 10, corpus.Dense, 2},
 		{"mixed, as they come", w4, 64 << 10, corpus.Dense, 2},
 		{"mixed, sorted", sorted, 64 << 10, corpus.Dense, 1},
 		{"mixed, sorted", sorted, 64 << 10, corpus.Dense, 2},

@@ -7,10 +7,11 @@
 #   go build -o gpu ./bench/gpu
 #   bench/gpu/run.sh torch WORK                        makes the checkpoint, times torch
 #   bench/gpu/run.sh engine WORK GPU LIBONNXRUNTIME    builds, compares and times the engine
-#   bench/gpu/run.sh soak WORK GPU LIBONNXRUNTIME -for 4h -bound 1280
+#   bench/gpu/run.sh soak WORK GPU LIBONNXRUNTIME -for 4h -bound 1440
 #                                                      watches memory, see the program's flags
+#   bench/gpu/run.sh moonshot WORK                     products in 8 bits and a CUDA graph, in torch
 #
-# WORK takes 5 GB and keeps the results: torch.json, engine.json.
+# WORK takes 5 GB and keeps the results: torch.json, engine.json, moonshot.json.
 set -euo pipefail
 cd "$(dirname "$0")"
 stage=$1
@@ -36,7 +37,7 @@ engine | soak)
   if [ "$stage" = soak ]; then
     [ -d "$work/full" ] || python3 $data/make_tiny_m3.py --full "$work/full"
     [ -d "$work/full-fp16" ] || "$gpu" build -checkpoint "$work/full" -model "$work/full-fp16"
-    exec "$gpu" soak -model "$work/full-fp16" "${@:5}"
+    exec "$gpu" soak -model "$work/full-fp16" -budget 32768 "${@:5}" # as the service runs it
   fi
   "$gpu" build -checkpoint $data/tiny-m3 -model "$work/tiny-fp16"
   side goldens ids $data/m3_goldens.json "$work/ids.json"
@@ -56,8 +57,12 @@ engine | soak)
     "$gpu" http -model "$work/full-fp16" -budget $budget
   done
   ;;
+moonshot)
+  [ -d "$work/full" ] || python3 $data/make_tiny_m3.py --full "$work/full"
+  python3 moonshot.py "$work/full" "$work/moonshot.json" 2> >(grep -v -i -e warn -e 'Loading weights' -e deprecated >&2)
+  ;;
 *)
-  echo "run.sh torch|engine|soak" >&2
+  echo "run.sh torch|engine|soak|moonshot" >&2
   exit 2
   ;;
 esac

@@ -75,23 +75,30 @@ func (s *soak) batcher(e *onnx.Engine, log *slog.Logger) (*embedder.Batcher, *pr
 }
 
 func (s *soak) long(e *onnx.Engine) error {
-	b, reg := s.batcher(e, slog.New(slog.DiscardHandler))
+	w, outOfMemory, err := s.feed(e, slog.New(slog.DiscardHandler), s.seed, s.whole)
+	if outOfMemory > 0 {
+		err = errors.Join(err, fmt.Errorf("%v batches found too little memory", outOfMemory))
+	}
+	return errors.Join(err, w.judge(s.warm))
+}
+
+// feed keeps a batcher over e busy for a time, and watches. The watch is over when it returns.
+func (s *soak) feed(e *onnx.Engine, log *slog.Logger, seed uint64, during time.Duration) (w *watch, outOfMemory float64, err error) {
+	b, reg := s.batcher(e, log)
 	defer b.Close()
-	l := &load{b: b, spec: e.Spec(), budget: s.budget, seed: s.seed}
-	w := &watch{start: time.Now(), every: s.every, cuda: s.onnx.CUDA, device: s.onnx.DeviceID, load: l}
-	ctx, stop := context.WithTimeout(context.Background(), s.whole)
+	l := &load{b: b, spec: e.Spec(), budget: s.budget, seed: seed}
+	w = &watch{start: time.Now(), every: s.every, cuda: s.onnx.CUDA, device: s.onnx.DeviceID, load: l, reg: reg}
+	ctx, stop := context.WithTimeout(context.Background(), during)
 	defer stop()
 	var watching sync.WaitGroup
 	watching.Go(func() { w.run(ctx) })
-	err := l.run(ctx, s.clients)
+	err = l.run(ctx, s.clients)
 	stop()
 	watching.Wait()
-	if n := total(reg, "lockstep_embedder_out_of_memory_total"); n > 0 {
-		err = errors.Join(err, fmt.Errorf("%v batches found too little memory", n))
-	}
-	fmt.Printf("%v batches, %v texts, %v tokens in %.0f s, %d failed\n", total(reg, "lockstep_embedder_batch_rows"),
-		l.texts.Load(), l.tokens.Load(), time.Since(w.start).Seconds(), l.failed.Load())
-	return errors.Join(err, w.judge(s.warm))
+	outOfMemory = total(reg, "lockstep_embedder_out_of_memory_total")
+	fmt.Printf("%v batches, %v texts, %v tokens in %.0f s, %d failed, %v times out of memory\n", total(reg, "lockstep_embedder_batch_rows"),
+		l.texts.Load(), l.tokens.Load(), time.Since(w.start).Seconds(), l.failed.Load(), outOfMemory)
+	return w, outOfMemory, err
 }
 
 // tight looks for a bound of device memory in which the longest text just fits, and soaks there.
@@ -132,24 +139,12 @@ func (s *soak) fits(e *onnx.Engine) error {
 }
 
 func (s *soak) within(e *onnx.Engine) error {
-	b, reg := s.batcher(e, slog.New(slog.NewTextHandler(os.Stdout, &slog.HandlerOptions{Level: slog.LevelWarn})))
-	defer b.Close()
-	l := &load{b: b, spec: e.Spec(), budget: s.budget, seed: s.seed + 1}
-	ctx, stop := context.WithTimeout(context.Background(), s.boundTime)
-	defer stop()
-	w := &watch{start: time.Now(), every: s.every, cuda: true, device: s.onnx.DeviceID, load: l}
-	var watching sync.WaitGroup
-	watching.Go(func() { w.run(ctx) })
-	err := l.run(ctx, s.clients)
-	stop()
-	watching.Wait()
-	times := total(reg, "lockstep_embedder_out_of_memory_total")
-	fmt.Printf("bounded: %v batches, %v texts, %d failed, %v times out of memory\n",
-		total(reg, "lockstep_embedder_batch_rows"), l.texts.Load(), l.failed.Load(), times)
-	if times == 0 {
+	warnings := slog.New(slog.NewTextHandler(os.Stdout, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	w, outOfMemory, err := s.feed(e, warnings, s.seed+1, s.boundTime)
+	if outOfMemory == 0 {
 		err = errors.Join(err, errors.New("the bound was never reached"))
 	}
-	return err
+	return errors.Join(err, w.rose())
 }
 
 // load sends requests and counts what came back.
@@ -240,10 +235,11 @@ func (l *load) row(rng *rand.Rand, n int) []uint32 {
 }
 
 // sample is one look at memory, in MiB. device is 0 where there is none. rss includes what Go
-// holds, for vectors on their way among others; native is the rest.
+// holds, for vectors on their way among others; native is the rest. budget is the tokens of a batch.
 type sample struct {
 	at                  time.Duration
 	device, rss, native int
+	budget              int
 }
 
 // watch takes samples.
@@ -253,6 +249,7 @@ type watch struct {
 	cuda    bool
 	device  int
 	load    *load
+	reg     prometheus.Gatherer
 	samples []sample
 }
 
@@ -280,8 +277,8 @@ func (w *watch) run(ctx context.Context) {
 		w.samples = append(w.samples, s)
 		if s.at-told >= w.every || len(w.samples) == 1 {
 			told = s.at
-			fmt.Printf("%4.0f s  device %s  host %5d MiB, without Go's %5d  texts %9d  tokens %10d\n",
-				s.at.Seconds(), w.mib(s.device), s.rss, s.native, w.load.texts.Load(), w.load.tokens.Load())
+			fmt.Printf("%4.0f s  device %s  host %5d MiB, without Go's %5d  budget %6d  texts %9d  tokens %10d\n",
+				s.at.Seconds(), w.mib(s.device), s.rss, s.native, s.budget, w.load.texts.Load(), w.load.tokens.Load())
 		}
 	}
 }
@@ -294,7 +291,7 @@ func (w *watch) mib(n int) string {
 }
 
 func (w *watch) look(ctx context.Context) (sample, error) {
-	s := sample{at: time.Since(w.start)}
+	s := sample{at: time.Since(w.start), budget: int(total(w.reg, "lockstep_embedder_budget_tokens"))}
 	status, err := os.ReadFile("/proc/self/status")
 	if err != nil {
 		return s, err
@@ -363,6 +360,24 @@ func (w *watch) judge(warm time.Duration) error {
 	return errors.Join(failures...)
 }
 
+// rose tells how far a batch's budget fell and how far it came back, which it is to do.
+func (w *watch) rose() error {
+	var low, back sample
+	for i, s := range w.samples {
+		if i == 0 || s.budget < low.budget {
+			low, back = s, s
+		}
+		if s.budget > back.budget {
+			back = s
+		}
+	}
+	fmt.Printf("budget of a batch: down to %d tokens at %.0f s, back up to %d at %.0f s\n", low.budget, low.at.Seconds(), back.budget, back.at.Seconds())
+	if back.budget == low.budget {
+		return errors.New("the budget never rose again")
+	}
+	return nil
+}
+
 type extent struct{ min, max, last int }
 
 func spread(samples []sample, read func(sample) int) extent {
@@ -374,8 +389,8 @@ func spread(samples []sample, read func(sample) int) extent {
 	return x
 }
 
-// total is the sum of a metric's counters, or of its histograms' counts.
-func total(reg *prometheus.Registry, name string) float64 {
+// total is the sum of a metric's counters or gauges, or of its histograms' counts.
+func total(reg prometheus.Gatherer, name string) float64 {
 	families, err := reg.Gather()
 	if err != nil {
 		return math.NaN()
@@ -386,7 +401,7 @@ func total(reg *prometheus.Registry, name string) float64 {
 			continue
 		}
 		for _, m := range f.GetMetric() {
-			sum += m.GetCounter().GetValue() + float64(m.GetHistogram().GetSampleCount())
+			sum += m.GetCounter().GetValue() + m.GetGauge().GetValue() + float64(m.GetHistogram().GetSampleCount())
 		}
 	}
 	return sum
