@@ -54,7 +54,7 @@ type world struct {
 // newWorld uses a real index server where there is one, else an embedded one.
 func newWorld(t testing.TB, change ...func(*reconcile.Config)) *world {
 	t.Helper()
-	w := &world{t: t, addr: qdranttest.Real(t)}
+	w := &world{t: t, addr: qdranttest.Child(t)}
 	if w.addr == "" {
 		return newFileWorld(t, change...)
 	}

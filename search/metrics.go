@@ -33,7 +33,7 @@ func newMetrics(reg prometheus.Registerer, c *cache) *metrics {
 			Name: "lockstep_search_stage_seconds", Help: "Time in each stage of an answered search or batch.", Buckets: buckets}, []string{"stage"}),
 		results:   counter("results_total", "Results shown."),
 		filtered:  counter("filtered_total", "Candidates of the index that the ledger removed: unknown, dead, waiting, or not matching the filter."),
-		widened:   counter("widened_total", "Times a query was widened because too few candidates were left."),
+		widened:   counter("widened_total", "Times a query was widened because too few candidates were left, or equal scores went on beyond them."),
 		refreshed: counter("refreshed_total", "Times the index was asked again because a document switched while it answered."),
 		truncated: counter("truncated_total", "Answers that may be short, for want of time or of candidates."),
 		hinted:    counter("hints_total", "Ids handed to reconcile: dead or unknown points found, live ones missed."),

@@ -107,8 +107,9 @@ func (l *list) take(answer []corpus.Candidate) (broken []corpus.ID) {
 	return broken
 }
 
-// maxTied bounds how many candidates are asked for so that equal scores are told apart by id.
-const maxTied = 1024 // about 10 ms of joining; unmeasured how often a query needs it
+// maxTied bounds how many candidates are asked for so that equal scores are told apart by id: each
+// is joined with its text and neighbours. Unmeasured; some milliseconds.
+const maxTied = 256
 
 // tied reports whether a candidate that the index kept back may score as well as the last of
 // those wanted. A server cuts equal scores where it likes, other pages and other heads elsewhere;
@@ -172,6 +173,7 @@ func (q *query) settle(joined *corpus.Joined, place map[corpus.ID]int, now time.
 		q.rank()
 		if !deep {
 			q.widen()
+			q.truncated = q.truncated || outrun
 			return
 		}
 		if !q.short() || !q.deepen() {
@@ -237,14 +239,20 @@ func (q *query) deepen() bool {
 // widen asks for more, of the lists that are too short; the ids that were no good are left out
 // from now on. Where nothing more may be asked for, the query is done, and says so.
 func (q *query) widen() {
-	q.truncated = true // until a later round says otherwise
+	q.truncated = false // until a later round says otherwise
 	q.done = true
 	for _, l := range q.lists {
 		if len(l.among) > 0 || l.settled {
 			continue
 		}
-		if l.ask < l.limit {
-			l.ask = min(max(2*l.ask, slack(l.depth)), l.limit)
+		limit := l.limit
+		if l.alive >= l.depth {
+			limit = min(limit, maxTied) // nothing is missing but the order of equal scores
+		} else {
+			q.truncated = true
+		}
+		if l.ask < limit {
+			l.ask = min(max(2*l.ask, slack(l.depth)), limit)
 			q.done = false
 		} else {
 			l.settled = true

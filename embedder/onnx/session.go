@@ -75,10 +75,9 @@ func newSession(path string, opts *ort.SessionOptions, nice int) (c *ort.Dynamic
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		runtime.LockOSThread() // for good: the thread ends with the goroutine
-		if err = lowerPriority(nice); err == nil {
-			c, err = ort.NewDynamicAdvancedSession(path, nil, nil, opts)
-		}
+		runtime.LockOSThread()  // for good: the thread ends with the goroutine
+		_ = lowerPriority(nice) // where it is refused, Enter says so: nothing depends on it
+		c, err = ort.NewDynamicAdvancedSession(path, nil, nil, opts)
 	}()
 	<-done
 	return c, err

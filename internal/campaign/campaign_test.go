@@ -40,19 +40,10 @@ func TestCampaign(t *testing.T) {
 		return base + next - 1, true
 	}
 	var workers sync.WaitGroup
-	indexes := map[string]bool{}
 	for range *flagWorkers {
 		// One installation for each server: an index that another one is just creating has no stamp
 		// yet, and grace is too short here to wait for it.
-		index := qdranttest.Real(t)
-		if indexes[index] {
-			t.Logf("one Qdrant server was given: one worker")
-			break
-		}
-		if index != "" {
-			indexes[index] = true
-		}
-		r := newRig(t, pgtest.New(t), index)
+		r := newRig(t, pgtest.New(t), qdranttest.Child(t))
 		workers.Go(func() {
 			for {
 				seed, ok := take()

@@ -44,7 +44,7 @@ func TestRollback(t *testing.T) {
 // data came back into the running server.
 func rollback(t *testing.T, seed uint64) {
 	dsn := pgtest.New(t)
-	r := newRig(t, dsn, qdranttest.Real(t))
+	r := newRig(t, dsn, qdranttest.Child(t))
 	h := newHistory(t, r, seed)
 	h.p = profile{declared: true, loss: "all", purge: h.d.chance(30)} // nothing is at fault but the restore
 	h.m = newModel(h.docs, false)

@@ -91,7 +91,7 @@ type Qdrant struct {
 // Embedder bounds the model's work.
 type Embedder struct {
 	Threads      int           `yaml:"threads" help:"threads of one batch on the CPU; 0 is one for each core"`
-	Nice         int           `yaml:"nice" help:"how far the model's threads stand back behind everything else on the CPU, as nice(1); Linux only"`
+	Nice         int           `yaml:"nice" help:"how far the model's threads stand back behind everything else on the CPU in the same container or unit, as nice(1); Linux only"`
 	Runners      int           `yaml:"runners" help:"batches that run at once; 0 is one on a CPU and two on a GPU"`
 	BatchTokens  int           `yaml:"batch_tokens" help:"token budget of a batch; 0 is what the device was measured to like"`
 	BatchRows    int           `yaml:"batch_rows" help:"most texts of a batch; 0 is the embedder's default"`

@@ -693,9 +693,11 @@ func wantMetadata(ctx context.Context, tx pgx.Tx, ix liveIndexes, docs [][16]byt
 	var chunks [][16]byte
 	var metas []int64
 	var chunk [16]byte
-	var meta int64
+	var meta *int64 // null where the serving version's row is missing, in a damaged ledger
 	if _, err := pgx.ForEachRow(rows, []any{&chunk, &meta}, func() error {
-		chunks, metas = append(chunks, chunk), append(metas, meta)
+		if meta != nil {
+			chunks, metas = append(chunks, chunk), append(metas, *meta)
+		}
 		return nil
 	}); err != nil || len(chunks) == 0 {
 		return err

@@ -270,9 +270,14 @@ func TestWritingReadsNoTableThrough(t *testing.T) {
 		}
 	}
 	s.Close() // connections that end hand in their counts
-	for wait := time.NewTicker(10 * time.Millisecond); ; <-wait.C {
-		if query[int64](t, url, "SELECT coalesce(sum(n_tup_ins), 0)::bigint FROM pg_stat_user_tables WHERE relname = 'documents'") == n {
+	wait := time.NewTicker(10 * time.Millisecond)
+	defer wait.Stop()
+	for deadline := time.Now().Add(time.Minute); ; <-wait.C {
+		if query[int64](t, url, "SELECT coalesce(sum(n_tup_ins), 0)::bigint FROM pg_stat_user_tables WHERE relname = 'documents'") >= n {
 			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the server does not tell what was read")
 		}
 	}
 	for _, table := range []string{"documents", "document_versions", "chunks", "index_entries"} {

@@ -20,7 +20,7 @@ func BenchmarkInsert(b *testing.B) {
 			name = "bare"
 		}
 		b.Run(name, func(b *testing.B) {
-			c, err := Open(b.Context(), Config{URL: "http://" + qdranttest.Any(b)})
+			c, err := Open(b.Context(), Config{URL: "http://" + qdranttest.Own(b)})
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -68,7 +68,7 @@ func (h *hooked) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 
 func hook(t *testing.T, h *hooked) *Client {
 	t.Helper()
-	conn, err := grpc.NewClient(qdranttest.Any(t), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient(qdranttest.Own(t), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	must0(t, err)
 	h.conn = conn
 	srv := grpc.NewServer(grpc.UnaryInterceptor(h.intercept))

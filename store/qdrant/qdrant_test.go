@@ -46,7 +46,7 @@ func open(t *testing.T, cfg Config) *Client {
 
 func setup(t *testing.T) *Client {
 	t.Helper()
-	return open(t, Config{URL: "http://" + qdranttest.Any(t)})
+	return open(t, Config{URL: "http://" + qdranttest.Own(t)})
 }
 
 var allHeads = corpus.Layout{
@@ -510,7 +510,7 @@ func TestScrollFacetCountStamp(t *testing.T) {
 
 func TestOwnerMustBeKnown(t *testing.T) {
 	t.Parallel()
-	c := open(t, Config{URL: "http://" + qdranttest.Any(t)})
+	c := open(t, Config{URL: "http://" + qdranttest.Own(t)})
 	c.SetOwner(corpus.ID{})
 	ix := makeIndex(t, c, allHeads)
 	if _, err := c.FacetBuckets(t.Context(), ix); corpus.CodeOf(err) != "owner_unset" {
@@ -648,7 +648,7 @@ func dot(a, b []float32) (s float64) {
 func counted(t *testing.T, cfg Config) (*Client, *faults.Index, *faults.Script) {
 	t.Helper()
 	script := faults.NewScript()
-	p, err := faults.NewIndex(qdranttest.Any(t), script, nil)
+	p, err := faults.NewIndex(qdranttest.Own(t), script, nil)
 	must0(t, err)
 	t.Cleanup(func() { must0(t, p.Close()) })
 	cfg.URL = p.URL()

@@ -157,7 +157,6 @@ func TestAPIKey(t *testing.T) {
 	}
 }
 
-// TestUnimplemented: what is not there says so, and nothing plausible.
 // A real server takes such a payload and then fails on every read of it; this one refuses it.
 func TestTooDeepAPayloadIsRefused(t *testing.T) {
 	t.Parallel()
@@ -180,6 +179,7 @@ func TestTooDeepAPayloadIsRefused(t *testing.T) {
 	}
 }
 
+// TestUnimplemented: what is not there says so, and nothing plausible.
 func TestUnimplemented(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()

@@ -24,10 +24,20 @@ import (
 // or host:port of its gRPC port.
 const EnvURL = "QDRANT_URL"
 
-// Any returns the address of a real server, or of an embedded one where there is none.
+// Any returns the address of a real server, or of an embedded one where there is none. Others may
+// use it, too.
 func Any(t testing.TB) (addr string) {
 	t.Helper()
 	if addr = Real(t); addr == "" {
+		addr = Embedded(t)
+	}
+	return addr
+}
+
+// Own returns the address of a server that the test has to itself: of [Child], or an embedded one.
+func Own(t testing.TB) (addr string) {
+	t.Helper()
+	if addr = Child(t); addr == "" {
 		addr = Embedded(t)
 	}
 	return addr
@@ -55,9 +65,7 @@ func Embedded(t testing.TB) (addr string) {
 }
 
 // Real returns the address (host:port) of a real Qdrant server's gRPC port: of the one that
-// [EnvURL] names, else of one that it starts from the qdrant binary on PATH and that ends with
-// the test. Where there is neither it returns "". It blocks until the server answers, and fails
-// the test if it does not.
+// [EnvURL] names, which others may use, too, else of [Child]. Where there is neither it returns "".
 func Real(t testing.TB) (addr string) {
 	t.Helper()
 	if at := os.Getenv(EnvURL); at != "" {
@@ -66,6 +74,14 @@ func Real(t testing.TB) (addr string) {
 		}
 		return at
 	}
+	return Child(t)
+}
+
+// Child returns the address of a server that it starts from the qdrant binary on PATH and that
+// ends with the test; "" where there is no such binary. It blocks until the server answers, and
+// fails the test if it does not.
+func Child(t testing.TB) (addr string) {
+	t.Helper()
 	binary, err := exec.LookPath("qdrant")
 	if err != nil {
 		return ""
@@ -146,6 +162,12 @@ func startQdrant(t testing.TB, binary string) (addr string) {
 	for {
 		r, err := c.HealthCheck(ctx, &qdrant.HealthCheckRequest{})
 		if err == nil {
+			select {
+			case err := <-exited: // another server answered at its port
+				exited <- err
+				t.Fatal(fmt.Errorf("qdrant ended: %w", err))
+			default:
+			}
 			t.Logf("qdrant %s at %s", r.GetVersion(), addr)
 			return addr
 		}
