@@ -568,7 +568,7 @@ func TestA11TheLastTwoMarksSwitch(t *testing.T) {
 	b.ingest(true, texts("x", "makes the collection"))
 	b.stop()
 	c, ix := b.collection()
-	for round := range 20 {
+	for round := range 100 { // each meets by chance, more rarely on a busy machine
 		id := fmt.Sprintf("doc %d", round)
 		doc := corpus.PreparedDocument{ExternalID: id, Content: corpus.ContentHash{byte(round), 1}, Metadata: corpus.Metadata{}, Chunks: []corpus.PreparedChunk{
 			{Text: "one", Content: corpus.HashChunk("one", nil)}, {Text: "two", Content: corpus.HashChunk("two", nil)}}}
