@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"net/url"
 	"path"
+	"slices"
 	"testing"
 	"time"
 
@@ -136,15 +137,12 @@ func rollback(t *testing.T, seed uint64) {
 		h.m.docs[doc] = &docModel{}
 	}
 	h.docs = append(h.docs, fresh...)
-	// What callers write into the restored ledger is theirs to replace and to delete: the ids of
-	// equal contents are those of the lost time.
-	var exempt corpus.ID
+	restored := h.m.mark()
 	recognised := false
 	live(func(i *instance) {
 		touched := fresh
 		if h.d.chance(50) {
 			touched = append(touched, h.docs[2])
-			exempt = corpus.DocumentID(c.ID, h.docs[2])
 		}
 		writes(touched)(i)
 		if late {
@@ -181,8 +179,14 @@ func rollback(t *testing.T, seed uint64) {
 	for _, p := range points {
 		gens[p.ID] = p.Payload.Gen
 	}
+	// What callers write into the restored ledger, neighbours in a request included, is theirs to
+	// replace and to delete: the ids of equal contents are those of the lost time.
+	theirs := map[corpus.ID]bool{}
+	for doc, d := range h.m.docs {
+		theirs[corpus.DocumentID(c.ID, doc)] = slices.ContainsFunc(d.ops, func(o *op) bool { return o.start > restored })
+	}
 	for id, gen := range lost {
-		if owners[id] == exempt {
+		if theirs[owners[id]] {
 			continue
 		}
 		if got, ok := gens[id]; !ok {
