@@ -31,18 +31,7 @@ func (h *history) conclude() {
 	}
 	// What is held at the ledger is part of operations whose outcome nobody knows, and holds
 	// locks: it happens now. Requests to the index may come later still.
-	stopped := make(chan struct{})
-	go func() { h.ended.Wait(); close(stopped) }()
-	for waiting := true; waiting; {
-		h.r.clock.Advance(time.Second) // who waits for a late answer has waited long enough
-		h.r.release(h.d, false, true, true)
-		select {
-		case <-stopped:
-			waiting = false
-		case <-time.After(time.Millisecond):
-		}
-	}
-	h.r.release(h.d, false, true, true)
+	h.drain(false)
 	if h.d.chance(50) {
 		h.r.release(h.d, true, false, true)
 	}
@@ -70,6 +59,21 @@ func (h *history) conclude() {
 			h.compare(ctx)
 		}
 	}
+}
+
+// drain waits until the instances that were stopped have ended, and delivers meanwhile what they
+// wait for. Then nothing is on its way to the ledger, nor, if index is set, held before the index.
+func (h *history) drain(index bool) {
+	stopped, still := make(chan struct{}), make(chan struct{})
+	go func() { h.ended.Wait(); close(stopped) }()
+	go func() {
+		// Who waits for a late answer has waited long enough.
+		h.every(stopped, time.Millisecond, func() { h.r.clock.Advance(time.Second) })
+		close(still)
+	}()
+	h.every(still, time.Millisecond, func() { h.r.release(h.d, index, true, true) })
+	h.r.release(h.d, index, true, true)
+	h.r.delivering.Wait()
 }
 
 // nothing is what must be where no collection ever came to be.
@@ -357,17 +361,7 @@ func (h *history) clean() {
 	}
 	h.instances = nil
 	h.mu.Unlock()
-	over := make(chan struct{})
-	go func() { h.ended.Wait(); close(over) }()
-	for waiting := true; waiting; {
-		h.r.release(h.d, true, true, true)
-		select {
-		case <-over:
-			waiting = false
-		case <-time.After(time.Millisecond):
-		}
-	}
-	h.r.release(h.d, true, true, true)
+	h.drain(true)
 	ctx := context.Background()
 	if err := h.r.store.DeleteCollection(ctx, h.name); err != nil && corpus.KindOf(err) != corpus.NotFound {
 		h.fail("deleting the collection: %v", err)

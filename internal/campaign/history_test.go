@@ -191,18 +191,19 @@ func (h *history) run() stats {
 			}
 		})
 	}
-	over := make(chan struct{})
-	var beside sync.WaitGroup
-	beside.Go(func() {
-		h.every(over, 3*time.Millisecond, func() {
-			h.r.clock.Advance(3 * time.Millisecond)
-			h.r.release(h.d, h.d.chance(h.p.arrival), h.d.chance(60), false)
-		})
-	})
+	over, quiet := make(chan struct{}), make(chan struct{})
+	var beside, releasing sync.WaitGroup
+	beside.Go(func() { h.every(over, 3*time.Millisecond, func() { h.r.clock.Advance(3 * time.Millisecond) }) })
 	beside.Go(func() { h.every(over, 20*time.Millisecond, func() { h.search(nil) }) })
+	// It ends last: what becomes due may need a lock that something held has.
+	releasing.Go(func() {
+		h.every(quiet, 3*time.Millisecond, func() { h.r.release(h.d, h.d.chance(h.p.arrival), h.d.chance(60), false) })
+	})
 	working.Wait()
 	close(over)
 	beside.Wait()
+	close(quiet)
+	releasing.Wait()
 	if !h.t.Failed() {
 		h.conclude()
 	}

@@ -58,6 +58,8 @@ type rig struct {
 	mu   sync.Mutex
 	free []*host
 	all  []*host
+
+	delivering sync.WaitGroup // late round trips to the ledger, see release
 }
 
 // host is a machine on which an instance of Lockstep runs: connections of its own, through
@@ -275,7 +277,9 @@ func (r *rig) held() (index, ledger int) {
 	return index, ledger
 }
 
-// release delivers late requests: of each host one at random, or all of them.
+// release delivers late requests: of each host one at random, or all of them. Those to the
+// ledger it does not wait for, because one may need a lock that another one holds, and that one
+// has still to be delivered; delivering ends when they have been answered.
 func (r *rig) release(d *dice, index, ledger, all bool) {
 	r.mu.Lock()
 	hosts := append([]*host(nil), r.all...)
@@ -283,10 +287,12 @@ func (r *rig) release(d *dice, index, ledger, all bool) {
 	for _, h := range hosts {
 		if ledger {
 			for n := h.pg.Held(); n > 0; n-- {
-				h.pg.Release(d.n(n))
 				if !all {
+					one := d.n(n)
+					r.delivering.Go(func() { h.pg.Release(one) })
 					break
 				}
+				r.delivering.Go(func() { h.pg.Release(0) })
 			}
 		}
 		if index {
